@@ -236,6 +236,20 @@ class MixtureSchedule:
             )
 
 
+@dataclass(slots=True)
+class GrowingSchedule:
+    """A feed for a loop that decides by itself: asks for the mixture of each next window, once, and keeps it."""
+
+    schedule: MixtureSchedule
+    ask: Callable[[int], Mixture]
+
+    def row(self, window: int) -> ScheduleRow:
+        while len(self.schedule) <= window:
+            mixture = self.ask(len(self.schedule))
+            self.schedule.append(self.schedule.propose(mixture, reason="asked"))
+        return self.schedule.row(window)
+
+
 def _carry_over(catalog: Catalog, known: dict[str, tuple[str, int, float]]) -> tuple[Ints, Floats]:
     """Positions under a new catalog: kept where name and content are the same, else from the first row."""
     offsets_d, carry_d = np.zeros(len(catalog), dtype=np.int64), np.zeros(len(catalog))

@@ -271,6 +271,14 @@ class CatalogRows:
     def shards(self) -> Sequence[ShardInfo]:
         return self.corpus.shards
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether tokens are memory-mapped; else they are fetched from an object store."""
+        return local_path(self.corpus.filesystem, self.corpus.root) is not None
+
+    def shard(self, number: int) -> Shard:
+        return self.corpus.shard(number)
+
     def spans_of(self, domain: int) -> NDArray[np.int64]:
         return self.spans_s3[self._first_span_d[domain] : self._first_span_d[domain + 1]]
 
