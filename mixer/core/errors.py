@@ -14,7 +14,11 @@ class ConfigError(MixerError):
 
 
 class InfeasibleError(ConfigError):
-    """Rules on the mixture that no mixture satisfies together; the text names them."""
+    """Rules on the mixture that no mixture satisfies together; the text names them, `rules` lists their keys."""
+
+    def __init__(self, text: str, rules: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.rules = rules
 
 
 class DataError(MixerError):
