@@ -14,7 +14,7 @@ class ConfigError(MixerError):
 
 
 class InfeasibleError(ConfigError):
-    """Rules on the mixture that no mixture satisfies together; the text names them, `rules` lists their keys."""
+    """Rules that no mixture satisfies together; `rules` has the keys of those in the text."""
 
     def __init__(self, text: str, rules: tuple[str, ...] = ()) -> None:
         super().__init__(text)
