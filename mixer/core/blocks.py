@@ -112,7 +112,7 @@ class Places:
 
     def gather(self, weights_d: Floats) -> Floats:
         """Weights of the places; a block that is some W * rho already gives a W that spreads back."""
-        sums_r = np.bincount(self.place_d, weights=weights_d, minlength=len(self))
+        sums_r: Floats = np.bincount(self.place_d, weights=weights_d, minlength=len(self)).astype(np.float64)
         for members in self.blocks:
             rho, weights = self.rho_d[members], weights_d[members]
             widest = int(np.argmax(rho))

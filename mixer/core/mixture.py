@@ -77,7 +77,7 @@ class Mixture:
             raise ConfigError(
                 f"weights leave out {_listed(missing)}. Give every domain of the catalog a weight; 0 is one."
             )
-        values = [weights[name] for name in catalog.names]
+        values: list[object] = [weights[name] for name in catalog.names]  # as read, so of any type
         for name, value in zip(catalog.names, values, strict=True):
             if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
                 raise ConfigError(f"the weight of {name!r} is {value!r}, not a number. Give a number >= 0.")

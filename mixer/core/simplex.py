@@ -84,14 +84,18 @@ def _scaled(q: Floats, lo: Floats, hi: Floats, mass: float) -> Floats:
     if mass >= hi.sum():
         return hi
     enters, leaves = lo / q, hi / q  # the c from which a domain is off its floor, and reaches its cap
-    breaks = np.sort(np.concatenate([enters, leaves]))
+    breaks = np.concatenate([enters, leaves])
 
     def mass_at(c: float) -> float:
         return float(np.minimum(np.maximum(c * q, lo), hi).sum())
 
-    place = bisect_right(range(breaks.size), mass, key=lambda k: mass_at(breaks[k]))
-    left = float(breaks[max(place - 1, 0)])
-    right = float(breaks[min(place, breaks.size - 1)])
+    left, right = 0.0, np.inf
+    for stride in (64, 1):  # first among few, then among all that lie between two of the few
+        some = np.sort(breaks[::stride])
+        place = bisect_right(range(some.size), mass, key=lambda k: mass_at(some[k]))
+        left = float(some[place - 1]) if place else left
+        right = float(some[place]) if place < some.size else right
+        breaks = breaks[(breaks >= left) & (breaks <= right)]
     low, high = enters > left, leaves <= left
     free = ~low & ~high
     c = left
