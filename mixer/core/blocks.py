@@ -123,5 +123,14 @@ class Places:
                 sums_r[self.place_d[members[0]]] = guesses[int(np.argmax(exact))]
         return sums_r
 
+    def snapped(self, weights_r: Floats, lo_r: Floats, hi_r: Floats) -> Floats:
+        """Weights moved to a bound where their domains do not feel it: more than one W has the same bits."""
+        if not self.blocks:
+            return weights_r
+        at_bound_r = np.minimum(np.maximum(weights_r, lo_r), hi_r)
+        same_r = np.ones(len(self), dtype=np.bool_)
+        np.logical_and.at(same_r, self.place_d, self.spread(at_bound_r) == self.spread(weights_r))
+        return np.where(same_r, at_bound_r, weights_r)
+
     def spread(self, weights_r: Floats) -> Floats:
         return weights_r[self.place_d] * self.rho_d

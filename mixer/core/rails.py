@@ -153,8 +153,8 @@ class BoundRails:
 
         A proposal that is an array may have any scale.
         """
-        proposed_r = self._places.gather(self._checked(proposal))
         lo_r, hi_r = self._bounds(progress)
+        proposed_r = self._places.snapped(self._places.gather(self._checked(proposal)), lo_r, hi_r)
         start_r, max_shift = None, self.options.max_shift
         if previous is not None and max_shift is not None:
             if len(previous) != len(self.catalog):
@@ -162,7 +162,7 @@ class BoundRails:
                     f"a previous mixture of {len(previous)} weights for a catalog of {len(self.catalog)} "
                     "domains. Carry it over to the catalog in force first."
                 )
-            start_r = self._places.gather(previous.weights_d)
+            start_r = self._places.snapped(self._places.gather(previous.weights_d), lo_r, hi_r)
             if not _inside(start_r, lo_r, hi_r):
                 start_r = onto_box((relative(start_r), self._prior_r, self._ones_r), lo_r, hi_r)
         if _inside(proposed_r, lo_r, hi_r) and (
