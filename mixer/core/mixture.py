@@ -34,13 +34,15 @@ class Mixture:
         try:
             given = np.asarray(self.weights_d, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"weights {self.weights_d!r} are not numbers. Give one number a domain.") from error
+            raise ConfigError(
+                f"weights {self.weights_d!r} are not numbers. Give every domain one."
+            ) from error
         if given.ndim != 1 or not given.size:
             raise ConfigError(f"weights of shape {given.shape}; they need one axis, with a number a domain.")
         names = [str(place) for place in range(given.size)]
         _refuse_bad(given, names)
         _refuse_sum(given, names)
-        # Adding 0.0 makes -0.0 a 0.0 and leaves every other bit; memory of a `bytes` can not be made writable.
+        # Adding 0.0 turns -0.0 into 0.0 and no other bit; memory of a `bytes` can not be made writable.
         object.__setattr__(self, "weights_d", np.frombuffer((given + 0.0).tobytes(), dtype=np.float64))
 
     def __len__(self) -> int:
@@ -65,9 +67,7 @@ class Mixture:
         return cls(np.full(len(catalog), 1.0 / len(catalog)))
 
     @classmethod
-    def from_dict(
-        cls, catalog: Catalog, weights: Mapping[str, float], normalize: bool = False
-    ) -> "Mixture":
+    def from_dict(cls, catalog: Catalog, weights: Mapping[str, float], normalize: bool = False) -> "Mixture":
         """Weights by name, for exactly the catalog's domains; `normalize` divides them by their sum."""
         for name in weights:
             if name not in catalog.index:
@@ -77,7 +77,7 @@ class Mixture:
             raise ConfigError(
                 f"weights leave out {_listed(missing)}. Give every domain of the catalog a weight; 0 is one."
             )
-        values = [weights[name] for name in catalog.names]
+        values: list[object] = [weights[name] for name in catalog.names]  # as read, so of any type
         for name, value in zip(catalog.names, values, strict=True):
             if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
                 raise ConfigError(f"the weight of {name!r} is {value!r}, not a number. Give a number >= 0.")
@@ -115,7 +115,7 @@ def _refuse_bad(given: ArrayLike, names: Iterable[str]) -> None:
     finite_d = np.isfinite(weights_d)
     if not finite_d.all():
         raise ConfigError(
-            f"weights that are not finite: {_picked(weights_d, labels, ~finite_d)}. They need to be numbers >= 0."
+            f"weights that are not finite: {_picked(weights_d, labels, ~finite_d)}. Give numbers >= 0."
         )
     if (weights_d < 0).any():
         raise ConfigError(
@@ -124,7 +124,7 @@ def _refuse_bad(given: ArrayLike, names: Iterable[str]) -> None:
         )
     if not weights_d.any():
         raise ConfigError(
-            f"all {weights_d.size} weights are 0, so no domain would give a row. Give at least one some weight."
+            f"all {weights_d.size} weights are 0, so no domain would give a row. Give one some weight."
         )
 
 
