@@ -50,6 +50,7 @@ from mixer.core.blocks import FrozenBlock, Places, in_range
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ConfigError, InfeasibleError, SignalError
 from mixer.core.mixture import SHOWN, Mixture, unknown_domain
+from mixer.core.schedule import MixtureSchedule
 from mixer.core.simplex import SLACK, Floats, onto_box, onto_box_near, relative
 
 UNLIMITED_ROWS = 1 << 62
@@ -75,6 +76,13 @@ class Progress:
     def start(cls, catalog: Catalog, window_slots: int, planned_slots: int | None = None) -> "Progress":
         nothing = np.zeros(len(catalog), dtype=np.int64)
         return cls(window_slots=window_slots, given_d=nothing, slots_left=planned_slots)
+
+    @classmethod
+    def before(cls, schedule: MixtureSchedule, slots_left: int | None, catalog: Catalog | None = None) -> "Progress":
+        """Where a schedule stands before its next window, under its own catalog or the one to be switched to."""
+        given_d, carry_d = schedule.position(catalog or schedule.last_catalog)
+        slots = schedule.geometry.window_slots
+        return cls(window_slots=slots, given_d=given_d, carry_d=carry_d, slots_left=slots_left)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +181,10 @@ class BoundRails:
         if start_r is None or max_shift is None:
             return Mixture(self._places.spread(onto_box(ratios, lo_r, hi_r)))
         return Mixture(self._places.spread(onto_box_near(ratios, lo_r, hi_r, start_r, max_shift)))
+
+    def rows_left(self, progress: Progress) -> NDArray[np.int64]:
+        """R_i: the rows that each domain may still give by its repeat cap."""
+        return np.maximum(self._rows_d - progress.given_d, 0)
 
     def check(self, progress: Progress) -> None:
         """Refuses rules that cannot hold to the planned end, before they fail on the way there."""

@@ -109,7 +109,7 @@ class MixtureSchedule:
         catalog = catalog or self.last_catalog
         if len(mixture) != len(catalog):
             raise ScheduleError(f"a mixture of {len(mixture)} weights for a catalog of {len(catalog)} domains.")
-        offsets_d, carry_d = self._position(catalog)
+        offsets_d, carry_d = self.position(catalog)
         slots = self.geometry.window_slots
         given = apportion(mixture.weights_d * slots, carry_d, slots, limit_d)
         weights_d = given.share_d / slots if given.settled else mixture.weights_d
@@ -121,7 +121,7 @@ class MixtureSchedule:
 
     def append(self, row: ScheduleRow) -> ScheduleRow:
         """Write `row`, if it follows from the one before it."""
-        offsets_d, carry_d = self._position(row.catalog)
+        offsets_d, carry_d = self.position(row.catalog)
         slots = self.geometry.window_slots
 
         def refuse(what: str) -> None:
@@ -151,7 +151,7 @@ class MixtureSchedule:
             self.append(self.propose(mixture, **why))
         return self
 
-    def _position(self, catalog: Catalog) -> tuple[Ints, Floats]:
+    def position(self, catalog: Catalog) -> tuple[Ints, Floats]:
         """What each domain of `catalog` gave before the next window, and is owed."""
         if not self.rows:
             return np.zeros(len(catalog), dtype=np.int64), np.zeros(len(catalog))
