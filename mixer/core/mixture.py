@@ -8,11 +8,11 @@ where `normalize=True` asks for it.
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ConfigError
@@ -39,9 +39,8 @@ class Mixture:
             ) from error
         if given.ndim != 1 or not given.size:
             raise ConfigError(f"weights of shape {given.shape}; they need one axis, with a number a domain.")
-        names = [str(place) for place in range(given.size)]
-        _refuse_bad(given, names)
-        _refuse_sum(given, names)
+        _refuse_bad(given, range(given.size))
+        _refuse_sum(given, range(given.size))
         # Adding 0.0 turns -0.0 into 0.0 and no other bit; memory of a `bytes` can not be made writable.
         object.__setattr__(self, "weights_d", np.frombuffer((given + 0.0).tobytes(), dtype=np.float64))
 
@@ -110,16 +109,15 @@ def unknown_domain(name: str, known: Iterable[str]) -> str:
     return f"unknown domain {name!r}. " + (f"The nearest known one is {nearest[0]!r}." if nearest else "")
 
 
-def _refuse_bad(given: ArrayLike, names: Iterable[str]) -> None:
-    weights_d, labels = np.asarray(given), list(names)
+def _refuse_bad(weights_d: NDArray[np.float64], names: Sequence[object]) -> None:
     finite_d = np.isfinite(weights_d)
     if not finite_d.all():
         raise ConfigError(
-            f"weights that are not finite: {_picked(weights_d, labels, ~finite_d)}. Give numbers >= 0."
+            f"weights that are not finite: {_picked(weights_d, names, ~finite_d)}. Give numbers >= 0."
         )
     if (weights_d < 0).any():
         raise ConfigError(
-            f"negative weights: {_picked(weights_d, labels, weights_d < 0)}. They need to be >= 0; "
+            f"negative weights: {_picked(weights_d, names, weights_d < 0)}. They need to be >= 0; "
             "0 leaves a domain out."
         )
     if not weights_d.any():
@@ -128,18 +126,18 @@ def _refuse_bad(given: ArrayLike, names: Iterable[str]) -> None:
         )
 
 
-def _refuse_sum(weights_d: NDArray[np.float64], names: Iterable[str]) -> None:
+def _refuse_sum(weights_d: NDArray[np.float64], names: Sequence[object]) -> None:
     with np.errstate(over="ignore"):
         total = math.fsum(weights_d) if weights_d.max() < 1e300 else float(weights_d.sum())
     if abs(total - 1.0) > SUM_TOLERANCE:
         everything = np.ones(weights_d.size, dtype=bool)
         raise ConfigError(
-            f"weights sum to {total!r}, not 1: {{{_picked(weights_d, list(names), everything)}}}. "
+            f"weights sum to {total!r}, not 1: {{{_picked(weights_d, names, everything)}}}. "
             "Correct them, or ask for them to be normalized."
         )
 
 
-def _picked(weights_d: NDArray[np.float64], names: list[str], which_d: NDArray[np.bool_]) -> str:
+def _picked(weights_d: NDArray[np.float64], names: Sequence[object], which_d: NDArray[np.bool_]) -> str:
     places = np.flatnonzero(which_d).tolist()
     shown = ", ".join(f"{names[place]}: {float(weights_d[place])!r}" for place in places[:SHOWN])
     return shown + (f" and {len(places) - SHOWN} more" if len(places) > SHOWN else "")

@@ -118,6 +118,8 @@ def test_running_out_outranks_floors_and_the_bound_on_change() -> None:
     rails = GuardRails(floor=0.1, max_shift=0.01, max_epochs=1)
     w = apply(rails, np.full(4, 0.25), previous=np.full(4, 0.25), progress=given_rows(1000, 0, 0, 0))
     assert w == pytest.approx([0.0, 1 / 3, 1 / 3, 1 / 3], abs=1e-15)
+    least_d, most_d = rails.bind(CATALOG, PRIOR).bounds(given_rows(1000, 950, 0, 0))
+    assert (least_d.tolist(), most_d.tolist()) == ([0.0, 0.1, 0.1, 0.1], [0.0, 0.5, 1.0, 1.0])
 
 
 def test_an_exhausted_domain_gives_its_share_in_the_ratios_of_the_proposal() -> None:
@@ -602,6 +604,28 @@ def test_frozen_ratios_are_the_same_bits_in_every_window(seed: int, num_domains:
             near = float(w[widest] / rho[widest])
             shares = near + np.arange(-3, 4) * np.spacing(near)
             assert (shares[:, None] * rho == w).all(axis=1).any(), "no W gives these weights as W * rho"
+
+
+def test_blocks_at_their_bounds_obey_them_and_stay_there_bit_for_bit() -> None:
+    """W * rho_i is rounded: the largest W is not always min hi_i / rho_i, and w_i / rho_i is not always W."""
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        ratios = dict(zip("abc", random.uniform(0.3, 1, 3).tolist(), strict=True))
+        bound = float(random.uniform(0.05, 0.3))
+        frozen = {"web": FrozenBlock(domains=("a", "b", "c"), ratios=ratios)}
+        pinned = {"web": FrozenBlock(domains=("a", "b", "c"), ratios=ratios, share=bound)}
+        for rails, proposal_d in (
+            (GuardRails(caps=dict.fromkeys("abc", bound), frozen=frozen), array(1, 1, 1, 1e-3)),
+            (GuardRails(floors={"b": bound / 3}, frozen=frozen), array(1e-3, 1e-3, 1e-3, 1)),
+            (GuardRails(frozen=pinned), array(1, 1, 1, 1)),
+        ):
+            rules = rails.bind(CATALOG, PRIOR)
+            once = rules.apply(proposal_d, previous=None, progress=START)
+            w = once.weights_d
+            least = np.array([rails.floors.get(name, 0.0) for name in CATALOG.names])
+            most = np.array([rails.caps.get(name, 1.0) for name in CATALOG.names])
+            assert (w >= least).all() and (w <= most).all(), f"seed {seed}, {rails}: {w}"
+            assert rules.apply(once, previous=None, progress=START) == once, f"seed {seed}, {rails}"
 
 
 def test_a_run_never_passes_its_repeat_caps_and_never_gets_stuck() -> None:
