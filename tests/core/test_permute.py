@@ -57,7 +57,7 @@ def plain_scramble(place: int, size: int, key: int) -> int:
 
 
 def plain_shuffle(size: int, key: int, block: int, group: int) -> list[int]:
-    """Deal the blocks, cut them into groups, and shuffle each group's rows, the rows of the last block, which may be short, last."""
+    """Deal the blocks, cut them into groups, shuffle each group's rows; the block that may be short counts as last."""
     outer = plain_mix(key, 0)
     num_blocks = -(-size // block)
     dealt = [plain_scramble(i, num_blocks, outer) for i in range(num_blocks)]
@@ -102,9 +102,13 @@ def test_scramble_is_the_network_it_says_it_is() -> None:
         assert scrambled(size, key) == [plain_scramble(i, size, key) for i in range(size)], f"size {size}"
 
 
-@pytest.mark.parametrize("size", [10**6, 10**9, 10**12, (1 << 47) - 1, 1 << 48, (1 << 24) ** 2 - 1, 94_906_265**2 % (1 << 48)])
+@pytest.mark.parametrize(
+    "size", [10**6, 10**9, 10**12, (1 << 47) - 1, 1 << 48, (1 << 24) ** 2 - 1, 94_906_265**2 % (1 << 48)]
+)
 def test_far_places_of_large_sizes(size: int) -> None:
-    places = np.unique(np.concatenate([np.arange(50), size - 1 - np.arange(50), np.linspace(0, size - 1, 50).astype(int)]))
+    places = np.unique(
+        np.concatenate([np.arange(50), size - 1 - np.arange(50), np.linspace(0, size - 1, 50).astype(int)])
+    )
     found = scramble(places, full(size, len(places)), keys(11, len(places)))
     assert found.tolist() == [plain_scramble(place, size, 11) for place in places.tolist()]
     assert unscramble(found, full(size, len(places)), keys(11, len(places))).tolist() == places.tolist()
