@@ -330,6 +330,11 @@ def read(text: str | bytes) -> Reading:
                 raise ScheduleError(f"line {number} of the schedule: {error}") from error
         size, pending = size + pending + len(line) + 1, 0
         writer.check, writer.catalog = check, catalog
+    if tail[-1:] not in (b"", b"\0") and _has_check(tail[:-1], check):  # a tear leaves no byte, or zeros
+        raise ScheduleError(
+            f"line {len(lines) + 1} of the schedule is damaged: it is whole, but ends in {tail[-1:]!r} and not in a "
+            "newline. Restore the file from a copy."
+        )
     return Reading(schedule, writer, size, pending + len(tail))
 
 
@@ -372,9 +377,8 @@ def _line(value: dict[str, Any], check_before: str) -> tuple[str, str]:
 
 
 def _parse(line: bytes, check_before: str, number: int) -> tuple[dict[str, Any], str]:
-    body, mark, rest = line.rpartition(_CHECK.encode())
-    check = rest[:CHECK_HEX].decode(errors="replace")
-    if not mark or rest[CHECK_HEX:] != b'"}' or check != _check_of(body, check_before):
+    body, _, rest = line.rpartition(_CHECK.encode())
+    if not _has_check(line, check_before):
         raise ScheduleError(
             f"line {number} of the schedule is damaged, or lines before it are missing: its check value does not fit. "
             "Restore the file from a copy; nothing after this line can be trusted."
@@ -385,7 +389,12 @@ def _parse(line: bytes, check_before: str, number: int) -> tuple[dict[str, Any],
         raise ScheduleError(f"line {number} of the schedule is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise ScheduleError(f"line {number} of the schedule is not a mapping.")
-    return value, check
+    return value, rest[:CHECK_HEX].decode()
+
+
+def _has_check(line: bytes, check_before: str) -> bool:
+    body, mark, rest = line.rpartition(_CHECK.encode())
+    return bool(mark) and rest == f'{_check_of(body, check_before)}"}}'.encode()
 
 
 def _check_of(body: bytes, check_before: str) -> str:
