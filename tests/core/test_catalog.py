@@ -27,7 +27,7 @@ def test_names_sort_by_code_point_whatever_the_language() -> None:
 
 @pytest.mark.parametrize("name", ["", " web", "web ", "we\nb", "web\t", "we\x00b", "\x1f", "\ud800"])
 def test_a_name_that_cannot_be_shown_on_a_line_is_refused(name: str) -> None:
-    with pytest.raises(DataError, match="is empty, padded with spaces or not printable. Rename"):
+    with pytest.raises(DataError, match=r"is empty, padded with spaces or not printable. Rename"):
         Domain(name, 1, "x")
 
 
@@ -49,15 +49,15 @@ def test_no_domain_and_no_token_are_refused() -> None:
 
 
 def test_domains_of_one_name_are_refused_and_named() -> None:
-    with pytest.raises(DataError, match="domains named twice: b, c. Names must differ"):
+    with pytest.raises(DataError, match=r"domains named twice: b, c. Names must differ"):
         Catalog(8, "byte", tuple(Domain(name, 1, "x") for name in "abcbc"))
 
 
 @pytest.mark.parametrize("content", ["x\ny", "x\0"])
 def test_text_that_could_imitate_another_catalog_is_refused(content: str) -> None:
-    with pytest.raises(DataError, match="content .* of domain 'a' is not printable"):
+    with pytest.raises(DataError, match=r"content .* of domain 'a' is not printable"):
         Domain("a", 1, content)
-    with pytest.raises(DataError, match="tokenizer identity .* is not printable"):
+    with pytest.raises(DataError, match=r"tokenizer identity .* is not printable"):
         Catalog(8, content, (Domain("a", 1, "x"),))
 
 

@@ -520,11 +520,11 @@ def test_shares_follow_the_fraction_of_the_run(windows: int, geometry: Geometry 
 
 
 def test_what_cannot_be_stretched_is_refused() -> None:
-    with pytest.raises(ScheduleError, match="cannot stretch 0 windows to 5. Both must be at least 1"):
+    with pytest.raises(ScheduleError, match=r"cannot stretch 0 windows to 5. Both must be at least 1"):
         MixtureSchedule(CATALOG, GEOMETRY).stretch(5)
     with pytest.raises(ScheduleError, match="cannot stretch 3 windows to 0"):
         wandering(CATALOG, 3).stretch(0)
-    with pytest.raises(ScheduleError, match="cannot stretch a schedule that changes its catalog. Stretch its parts"):
+    with pytest.raises(ScheduleError, match=r"cannot stretch a schedule that changes its catalog. Stretch its parts"):
         switching().stretch(5)
 
 

@@ -83,7 +83,7 @@ def test_the_largest_sums_still_add_exactly() -> None:
 
 
 def test_signals_of_different_windows_or_catalogs_do_not_add() -> None:
-    with pytest.raises(SignalError, match="window 3 .* and window 4 .*Add parts of one window only"):
+    with pytest.raises(SignalError, match=r"window 3 .* and window 4 .*Add parts of one window only"):
         signal_of() + signal_of(window=4)
     with pytest.raises(SignalError, match=r"catalog c{12}\) and window 3 \(catalog d{12}\)"):
         signal_of() + signal_of(catalog="d" * 64)
@@ -109,7 +109,7 @@ def test_what_is_no_measurement_is_refused(fields: dict[str, list[float]], messa
 
 
 def test_counts_must_be_whole_numbers_and_windows_not_negative() -> None:
-    with pytest.raises(SignalError, match="a signal of window -1. Windows count from 0"):
+    with pytest.raises(SignalError, match=r"a signal of window -1. Windows count from 0"):
         signal_of(window=-1)
     with pytest.raises(SignalError, match="tokens_d of window 0 must be 1 counts"):
         Signal(
