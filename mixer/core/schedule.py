@@ -18,6 +18,7 @@ is what a crash leaves: it was never shown to anybody and is dropped. A tear any
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ Ints = NDArray[np.int64]
 
 FORMAT = 1
 READABLE_DOMAINS = 64
+EXACT_SUM = 1e-15  # weights whose sum is this near to 1 are bound to the last bit as they were asked for
 CHECK_HEX = 16
 _CHECK = ',"check":"'
 
@@ -104,15 +106,19 @@ class MixtureSchedule:
         """The row that would bind `mixture` to the next window; nothing is written.
 
         `limit_d` is the most rows each domain may still give. With another `catalog`, domains of the
-        same name and content go on where they were, all others begin at their first row.
+        same name and content go on where they last were, all others begin at their first row.
         """
         catalog = catalog or self.last_catalog
         if len(mixture) != len(catalog):
             raise ScheduleError(f"a mixture of {len(mixture)} weights for a catalog of {len(catalog)} domains.")
         offsets_d, carry_d = self.position(catalog)
         slots = self.geometry.window_slots
-        given = apportion(mixture.weights_d * slots, carry_d, slots, limit_d)
-        weights_d = given.share_d / slots if given.settled else mixture.weights_d
+        weights_d = mixture.weights_d
+        if abs((total := math.fsum(weights_d)) - 1.0) > EXACT_SUM:
+            weights_d = weights_d / total  # else what the sum misses would add up in the carries, window by window
+        given = apportion(weights_d * slots, carry_d, slots, limit_d)
+        if given.settled:
+            weights_d = given.share_d / slots
         for array in (weights_d, given.count_d, offsets_d, carry_d):
             array.flags.writeable = False
         return ScheduleRow(
@@ -158,18 +164,21 @@ class MixtureSchedule:
         last = self.rows[-1]
         if catalog is last.catalog or catalog.fingerprint == last.catalog.fingerprint:
             return last.next_offsets_d, last.next_carry_d
-        return _carry_over(catalog, self._latest(catalog))
+        return self._latest(catalog)
 
-    def _latest(self, catalog: Catalog) -> dict[str, tuple[str, int, float]]:
-        """Per domain name: content, rows given and carry after the last window whose catalog had it."""
-        known: dict[str, tuple[str, int, float]] = {}
+    def _latest(self, catalog: Catalog) -> tuple[Ints, Floats]:
+        """Where each domain was after the last window whose catalog had it, by name and content."""
+        offsets_d, carry_d = np.zeros(len(catalog), dtype=np.int64), np.zeros(len(catalog))
+        wanted = {(domain.name, domain.content): place for place, domain in enumerate(catalog.domains)}
         for end in [len(self.rows), *reversed(self.switches)]:
             row = self.rows[end - 1]  # the last row of a stretch under one catalog says it all
-            offsets_d, carry_d = row.next_offsets_d.tolist(), row.next_carry_d.tolist()
-            for domain, offset, carry in zip(row.catalog.domains, offsets_d, carry_d, strict=True):
-                if domain.name in catalog.index:
-                    known.setdefault(domain.name, (domain.content, offset, carry))
-        return known
+            last_offsets_d, last_carry_d = row.next_offsets_d, row.next_carry_d
+            for place, domain in enumerate(row.catalog.domains):
+                if (new := wanted.pop((domain.name, domain.content), None)) is not None:
+                    offsets_d[new], carry_d[new] = last_offsets_d[place], last_carry_d[place]
+            if not wanted:
+                break
+        return offsets_d, carry_d
 
     # ---- the same mixtures over another length -------------------------------------------------
 
@@ -183,15 +192,16 @@ class MixtureSchedule:
             raise ScheduleError(f"cannot stretch {len(self.rows)} windows to {windows}. Both must be at least 1.")
         if any(row.catalog.fingerprint != self.catalog.fingerprint for row in self.rows):
             raise ScheduleError("cannot stretch a schedule that changes its catalog. Stretch its parts.")
-        weight_wd = np.stack([row.weights_d for row in self.rows])
-        ends_wd = np.concatenate([np.zeros((1, len(self.catalog))), np.cumsum(weight_wd, axis=0)])
-        places_w = np.arange(windows + 1) * (len(self.rows) / windows)
-        whole_w = np.minimum(places_w.astype(np.int64), len(self.rows) - 1)
-        until_wd = ends_wd[whole_w] + (places_w - whole_w)[:, None] * weight_wd[whole_w]
         stretched = MixtureSchedule(self.catalog, geometry or self.geometry)
-        for weights_d in np.diff(until_wd, axis=0):
-            weights_d = np.maximum(weights_d, 0.0)
-            stretched.extend(Mixture(weights_d / weights_d.sum()), reason="stretched")
+        old = len(self.rows)
+        for new in range(windows):
+            # In units of 1 / (old * windows) of the run, old window i covers [i, i + 1) * windows.
+            begin, end = new * old, (new + 1) * old
+            weights_d = np.zeros(len(self.catalog))
+            for i in range(begin // windows, -(-end // windows)):
+                part = min(end, (i + 1) * windows) - max(begin, i * windows)
+                weights_d += self.rows[i].weights_d * (part / old)
+            stretched.extend(Mixture(weights_d), reason="stretched")
         return stretched
 
     # ---- text ----------------------------------------------------------------------------------
@@ -248,16 +258,6 @@ class GrowingSchedule:
             mixture = self.ask(len(self.schedule))
             self.schedule.append(self.schedule.propose(mixture, reason="asked"))
         return self.schedule.row(window)
-
-
-def _carry_over(catalog: Catalog, known: dict[str, tuple[str, int, float]]) -> tuple[Ints, Floats]:
-    """Positions under a new catalog: kept where name and content are the same, else from the first row."""
-    offsets_d, carry_d = np.zeros(len(catalog), dtype=np.int64), np.zeros(len(catalog))
-    for place, domain in enumerate(catalog.domains):
-        content, offset, carry = known.get(domain.name, ("", 0, 0.0))
-        if content == domain.content:
-            offsets_d[place], carry_d[place] = offset, carry
-    return offsets_d, carry_d
 
 
 def _first_difference(what: str, catalog: Catalog, found_d: Ints | Floats, needed_d: Ints | Floats) -> str:
@@ -333,31 +333,37 @@ def read(text: str | bytes) -> Reading:
     for number, line in enumerate(lines, start=1):
         if number > 1:
             value, check = _parse(line, check, number)
-            if "catalog" in value:
-                catalog, pending = Catalog.from_dict(value["catalog"]), pending + len(line) + 1
-                continue  # it counts only together with the row it was written for
             try:
+                if "catalog" in value:
+                    catalog, pending = Catalog.from_dict(value["catalog"]), pending + len(line) + 1
+                    continue  # it counts only together with the row it was written for
                 schedule.append(read_row(value, catalog))
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise ScheduleError(f"line {number} of the schedule is not a row: {error!r}.") from error
             except MixerError as error:
                 raise ScheduleError(f"line {number} of the schedule: {error}") from error
         size, pending = size + pending + len(line) + 1, 0
         writer.check, writer.catalog = check, catalog
+    if tail[-1:] not in (b"", b"\0") and _has_check(tail[:-1], check):  # a tear leaves no byte, or zeros
+        raise ScheduleError(
+            f"line {len(lines) + 1} of the schedule is damaged: it is whole, but ends in {tail[-1:]!r} and not in a "
+            "newline. Restore the file from a copy."
+        )
     return Reading(schedule, writer, size, pending + len(tail))
 
 
 def _read_header(head: dict[str, Any]) -> MixtureSchedule:
     version = head.get("format")
-    if not isinstance(version, int) or version not in _ROW_READERS:
+    if type(version) is not int or version not in _ROW_READERS:
         known = ", ".join(map(str, _ROW_READERS))
         raise ScheduleError(
-            f"the schedule has format {version!r}, this release reads {known}. Use the release that wrote it, or a newer."
+            f"the schedule has format {version!r}, this release reads {known}. "
+            "Use the release that wrote it, or a newer."
         )
     try:
         geometry = Geometry(**head["geometry"])
         return MixtureSchedule(Catalog.from_dict(head["catalog"]), geometry, plan_version=int(head["plan"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, MixerError) as error:
         raise ScheduleError(f"the header of the schedule cannot be understood: {error!r}.") from error
 
 
@@ -385,9 +391,8 @@ def _line(value: dict[str, Any], check_before: str) -> tuple[str, str]:
 
 
 def _parse(line: bytes, check_before: str, number: int) -> tuple[dict[str, Any], str]:
-    body, mark, rest = line.rpartition(_CHECK.encode())
-    check = rest[:CHECK_HEX].decode(errors="replace")
-    if not mark or rest[CHECK_HEX:] != b'"}' or check != _check_of(body, check_before):
+    body, _, rest = line.rpartition(_CHECK.encode())
+    if not _has_check(line, check_before):
         raise ScheduleError(
             f"line {number} of the schedule is damaged, or lines before it are missing: its check value does not fit. "
             "Restore the file from a copy; nothing after this line can be trusted."
@@ -398,7 +403,12 @@ def _parse(line: bytes, check_before: str, number: int) -> tuple[dict[str, Any],
         raise ScheduleError(f"line {number} of the schedule is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise ScheduleError(f"line {number} of the schedule is not a mapping.")
-    return value, check
+    return value, rest[:CHECK_HEX].decode()
+
+
+def _has_check(line: bytes, check_before: str) -> bool:
+    body, mark, rest = line.rpartition(_CHECK.encode())
+    return bool(mark) and rest == f'{_check_of(body, check_before)}"}}'.encode()
 
 
 def _check_of(body: bytes, check_before: str) -> str:

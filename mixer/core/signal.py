@@ -55,10 +55,20 @@ class Signal:
 
     @classmethod
     def from_rows(
-        cls, window: int, catalog: str, num_domains: int, domain_n: ArrayLike, loss_sum_n: ArrayLike, tokens_n: ArrayLike
+        cls,
+        window: int,
+        catalog: str,
+        num_domains: int,
+        domain_n: ArrayLike,
+        loss_sum_n: ArrayLike,
+        tokens_n: ArrayLike,
     ) -> "Signal":
         """The signal of single rows: each row's domain, its loss summed over tokens, and its tokens."""
         domain = np.asarray(domain_n, dtype=np.int64)
+        if ((domain < 0) | (domain >= num_domains)).any():
+            raise SignalError(
+                f"rows of window {window} name domains {domain.min()} to {domain.max()}, the catalog has {num_domains}."
+            )
         loss, tokens = on_grid(loss_sum_n), np.asarray(tokens_n, dtype=np.int64)
         good = np.isfinite(loss)
 
