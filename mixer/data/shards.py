@@ -6,7 +6,7 @@ A shard is one Arrow IPC *file*, uncompressed, with one record batch, of one dom
     starts          list<int32>   where in the row a document starts (0 only if one starts there)
     first_document  int64         document number, within the domain, of the token at position 0
     check           uint64        wrapping sum of the row's bytes seen as little-endian 64-bit words
-    <metadata>      string, int64 or float64, one column for each configured key
+    <metadata>      string, int64 or float64, one column for each configured key, by name
     tokens          fixed_size_list<uint16 or uint32>[row_tokens], last
 
 Tokens lie last and uncompressed, so row r is the bytes from `tokens_offset + r * row_bytes` on: a
@@ -42,13 +42,18 @@ METADATA_TYPES: Mapping[str, pa.DataType] = MappingProxyType(
     {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
 )
 READ_ERRORS = (OSError, pa.ArrowException, ValueError, EOFError)
+TAIL_BYTES = 4 + len(MAGIC_TAIL)  # the footer's length, then the magic
+SHOWN_ROWS = 8  # how many rows an error names
+DAMAGED = "It was damaged or replaced: restore it, or prepare the domain again"
 TEMPORARY_SUFFIX = ".tmp"  # what a killed writer leaves behind ends so; never listed in a manifest
 
 
 def dtype_for(vocab_size: int) -> str:
     """The narrowest token type that the vocabulary fits."""
     if not 0 < vocab_size <= 1 << 32:
-        raise ConfigError(f"a vocabulary of {vocab_size} tokens; shards hold 1 to {1 << 32}. Use another tokenizer.")
+        raise ConfigError(
+            f"a vocabulary of {vocab_size} tokens; shards hold 1 to {1 << 32}. Use another tokenizer."
+        )
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
@@ -62,20 +67,24 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("uint16", "uint32"):
-            raise ConfigError(f"tokens of type {self.dtype!r}; shards hold uint16 or uint32. Use one of these.")
+            raise ConfigError(
+                f"tokens of type {self.dtype!r}; shards hold uint16 or uint32. Use one of these."
+            )
         if self.row_tokens < 1 or self.row_tokens % 4:
             raise ConfigError(
-                f"row_tokens={self.row_tokens}; it must be a positive multiple of 4 so that a row is whole 64-bit "
-                f"words. Use {max(4, round(self.row_tokens / 4) * 4)}."
+                f"row_tokens={self.row_tokens}; it must be a positive multiple of 4, so that a row is whole "
+                f"64-bit words. Use {max(4, round(self.row_tokens / 4) * 4)}."
             )
         for key, kind in self.metadata.items():
             if not key or not key.isprintable() or key in FIXED_COLUMNS:
                 raise ConfigError(
-                    f"metadata key {key!r} is empty, not printable or one of {', '.join(FIXED_COLUMNS)}. Rename it."
+                    f"metadata key {key!r} is empty, not printable or one of "
+                    f"{', '.join(FIXED_COLUMNS)}. Rename it."
                 )
             if kind not in METADATA_TYPES:
                 raise ConfigError(
-                    f"metadata key {key!r} has type {kind!r}; shards hold {', '.join(METADATA_TYPES)}. Use one of these."
+                    f"metadata key {key!r} has type {kind!r}; shards hold "
+                    f"{', '.join(METADATA_TYPES)}. Use one of these."
                 )
 
     @property
@@ -94,7 +103,7 @@ class Layout:
             ("starts", pa.list_(pa.int32())),
             ("first_document", pa.int64()),
             ("check", pa.uint64()),
-            *((key, METADATA_TYPES[kind]) for key, kind in self.metadata.items()),
+            *((key, METADATA_TYPES[kind]) for key, kind in sorted(self.metadata.items())),
             ("tokens", pa.list_(token, self.row_tokens)),
         ]
         return pa.schema(fields, metadata={FORMAT_KEY: str(FORMAT).encode()})
@@ -113,7 +122,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """What goes into a shard. Metadata columns keep their order; their types are part of the schema."""
+    """What goes into a shard. A metadata value may be null; nothing else may."""
 
     tokens: np.ndarray  # (n, row_tokens) uint16 or uint32
     length: np.ndarray  # (n,) int32
@@ -147,7 +156,7 @@ def faulty_row(rows: Rows) -> tuple[int, str] | None:
     row_tokens = rows.tokens.shape[1]
     length = np.asarray(rows.length, dtype=np.int64)
     first_document = np.asarray(rows.first_document, dtype=np.int64)
-    starts, row_of_start, offset = flat_starts(rows.starts)
+    starts, row_of_start, _ = flat_starts(rows.starts)
     rules: list[tuple[NDArray[np.intp], str]] = [
         (np.flatnonzero((length < 1) | (length > row_tokens)), f"its length is not in 1..{row_tokens}"),
         (np.flatnonzero(first_document < 0), "its first document is negative"),
@@ -160,7 +169,6 @@ def faulty_row(rows: Rows) -> tuple[int, str] | None:
             "its document starts do not ascend",
         ),
     ]
-    del offset
     found = [(int(bad[0]), why) for bad, why in rules if len(bad)]
     return min(found) if found else None
 
@@ -187,8 +195,10 @@ def write(filesystem: pafs.FileSystem, root: str, path: str, rows: Rows) -> Shar
         rows.starts,
         pa.array(np.asarray(rows.first_document, dtype=np.int64)),
         pa.array(check_rows(rows.tokens)),
-        *rows.metadata.values(),
-        pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows.tokens).reshape(-1)), layout.row_tokens),
+        *(column for _, column in sorted(rows.metadata.items())),
+        pa.FixedSizeListArray.from_arrays(
+            pa.array(np.ascontiguousarray(rows.tokens).reshape(-1)), layout.row_tokens
+        ),
     ]
     batch = pa.record_batch(columns, schema=layout.schema)
     counter = pa.MockOutputStream()
@@ -243,7 +253,7 @@ def local_path(filesystem: pafs.FileSystem, path: str) -> Path | None:
     return Path(path) if isinstance(filesystem, pafs.LocalFileSystem) else None
 
 
-def open(  # noqa: A001  read as `shards.open`
+def open(
     filesystem: pafs.FileSystem, root: str, info: ShardInfo, layout: Layout, *, domain: str = ""
 ) -> "Shard":
     """Open a shard, or refuse it if it is not the file that the manifest promised.
@@ -278,12 +288,12 @@ class Shard:
                     self._require_size(file.size())
                     self._buffer = file.read_buffer()
             else:
-                self._file = filesystem.open_input_file(self._where)
-                self._require_size(self._file.size())
+                self._file = file = filesystem.open_input_file(self._where)
+                self._require_size(file.size())
         except FileNotFoundError as error:
-            raise self._error("is missing", "restore it, or prepare the domain again") from error
+            raise self._error("is missing", "Restore it, or prepare the domain again") from error
         except READ_ERRORS as error:
-            raise self._error(f"cannot be opened: {_first_line(error)}", "see that it can be read") from error
+            raise self._error(f"cannot be opened: {_first_line(error)}", "See that it can be read") from error
         self._require_layout()
 
     def __len__(self) -> int:
@@ -298,23 +308,32 @@ class Shard:
         """(n, row_tokens), read-only, without a copy; only where `is_mapped`."""
         assert self._buffer is not None, "tokens of a remote shard are read by ranges: use read or take"
         flat = np.frombuffer(
-            self._buffer, self.layout.token_type, self.info.rows * self.layout.row_tokens, self.info.tokens_offset
+            self._buffer,
+            self.layout.token_type,
+            self.info.rows * self.layout.row_tokens,
+            self.info.tokens_offset,
         )
         return flat.reshape(self.info.rows, self.layout.row_tokens)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens of rows start..stop-1: a view of the map, or exactly those bytes fetched."""
         if not 0 <= start <= stop <= self.info.rows:
-            raise self._error(f"has {self.info.rows} rows; asked for {start}..{stop}", "ask for rows that exist")
+            raise self._error(
+                f"has {self.info.rows} rows; asked for {start}..{stop}", "Ask for rows that exist"
+            )
         if self._file is None:
             return self.tokens[start:stop]
         num_bytes = (stop - start) * self.layout.row_bytes
         try:
             content = self._file.read_at(num_bytes, self.info.tokens_offset + start * self.layout.row_bytes)
         except READ_ERRORS as error:
-            raise self._error(f"rows {start}..{stop} cannot be read: {_first_line(error)}", "see that it can be read") from error
+            raise self._error(
+                f"rows {start}..{stop} cannot be read: {_first_line(error)}", "See that it can be read"
+            ) from error
         if len(content) != num_bytes:
-            raise self._error(f"gave {len(content)} of the {num_bytes} bytes of rows {start}..{stop}", "restore it")
+            raise self._error(
+                f"gave {len(content)} of the {num_bytes} bytes of rows {start}..{stop}", "Restore it"
+            )
         return np.frombuffer(content, self.layout.token_type).reshape(stop - start, self.layout.row_tokens)
 
     def take(self, row_n: NDArray[np.integer], out: np.ndarray | None = None) -> np.ndarray:
@@ -339,7 +358,9 @@ class Shard:
             options = pa.ipc.IpcReadOptions(included_fields=places)
             batch = pa.ipc.open_file(self._source(), options=options).get_batch(0)
         except READ_ERRORS as error:
-            raise self._error(f"columns {', '.join(names)} cannot be read: {_first_line(error)}", "restore it") from error
+            raise self._error(
+                f"columns {', '.join(names)} cannot be read: {_first_line(error)}", "Restore it"
+            ) from error
         return batch.select(list(names))
 
     @cached_property
@@ -369,10 +390,11 @@ class Shard:
         """Refuse tokens that are not what was written as these rows."""
         bad = np.flatnonzero(check_rows(tokens) != self.check[row_n])
         if len(bad):
-            rows = ", ".join(str(int(row)) for row in row_n[bad[:8]]) + (", ..." if len(bad) > 8 else "")
+            rows = ", ".join(str(row) for row in row_n[bad[:SHOWN_ROWS]].tolist())
+            rows += f" and {len(bad) - SHOWN_ROWS} more" if len(bad) > SHOWN_ROWS else ""
             raise self._error(
                 f"row {rows}: the tokens do not add up to the row's check value",
-                "run `mixer corpus verify`, then restore it",
+                "Run `mixer corpus verify`, then restore it",
             )
 
     def _source(self) -> Any:
@@ -381,52 +403,56 @@ class Shard:
     def _numbers(self, name: str) -> Any:
         column = self._small.column(name)
         if column.null_count:
-            raise self._error(f"has {column.null_count} empty values in {name!r}", "restore it")
+            raise self._error(f"has {column.null_count} empty values in {name!r}", "Restore it")
         return column.to_numpy(zero_copy_only=True)
 
     def _require_size(self, size: int) -> None:
         if size != self.info.bytes:
             raise self._error(
                 f"has {size} bytes; the manifest says {self.info.bytes}",
-                "it was cut or replaced: restore it, or prepare the domain again",
+                "It was cut or replaced: restore it, or prepare the domain again",
             )
 
     def _require_layout(self) -> None:
-        what_to_do = "it was damaged or replaced: restore it, or prepare the domain again"
+        info = self.info
         try:
             head = bytes(self._bytes_at(0, len(MAGIC_HEAD)))
-            tail = bytes(self._bytes_at(self.info.bytes - len(MAGIC_TAIL), len(MAGIC_TAIL)))
-            if head != MAGIC_HEAD or tail != MAGIC_TAIL:
-                raise self._error(f"begins with {head!r} and ends with {tail!r}: not an Arrow file", what_to_do)
-            reader = pa.ipc.open_file(self._source(), options=pa.ipc.IpcReadOptions(included_fields=[]))
-            # included_fields narrows what is read, and the schema that is shown: ask for it in full.
-            found = pa.ipc.open_file(self._source()).schema if len(reader.schema) == 0 else reader.schema
-            version = (found.metadata or {}).get(FORMAT_KEY, b"").decode(errors="replace")
-            if version.isdigit() and int(version) > FORMAT:
-                raise self._error(
-                    f"has format {version}; this version reads up to {FORMAT}", "use a newer version of mixer"
-                )
-            expected = self.layout.schema
-            if not found.equals(expected, check_metadata=True):
-                raise self._error(
-                    f"has another schema than the manifest: found {_schema_text(found)}; needed {_schema_text(expected)}",
-                    what_to_do,
-                )
+            tail = bytes(self._bytes_at(info.bytes - TAIL_BYTES, TAIL_BYTES))
+            if head != MAGIC_HEAD or not tail.endswith(MAGIC_TAIL):
+                raise self._error(f"begins with {head!r} and ends with {tail!r}: not an Arrow file", DAMAGED)
+            reader = pa.ipc.open_file(self._source())
+            self._require_schema(reader.schema)
             num_batches = reader.num_record_batches
-            num_rows = reader.get_batch(0).num_rows if num_batches == 1 else -1
+            if self._buffer is not None:
+                num_rows = reader.get_batch(0).num_rows if num_batches == 1 else -1
+                offset = _tokens_offset(self._buffer) if num_batches == 1 else -1
+            else:  # tokens end where the footer begins, so their bytes are known without fetching any
+                num_bytes = info.bytes - TAIL_BYTES - int.from_bytes(tail[:4], "little") - WORD_BYTES
+                num_rows, rest = divmod(num_bytes - info.tokens_offset, self.layout.row_bytes)
+                offset = info.tokens_offset + rest
         except READ_ERRORS as error:
-            raise self._error(f"is not a readable Arrow file: {_first_line(error)}", what_to_do) from error
-        if num_batches != 1 or num_rows != self.info.rows:
+            raise self._error(f"is not a readable Arrow file: {_first_line(error)}", DAMAGED) from error
+        if num_batches != 1 or num_rows != info.rows:
             raise self._error(
-                f"has {num_rows} rows in {num_batches} batches; the manifest says {self.info.rows} in one", what_to_do
+                f"has {num_rows} rows in {num_batches} batches; the manifest says {info.rows} in one", DAMAGED
             )
-        end = self.info.tokens_offset + self.info.rows * self.layout.row_bytes
-        offset = self.info.tokens_offset if self._buffer is None else _tokens_offset(self._buffer)
-        if offset != self.info.tokens_offset or offset < 0 or end > self.info.bytes:
+        if offset != info.tokens_offset:
             raise self._error(
-                f"has its tokens at byte {offset} of {self.info.bytes}; the manifest says {self.info.tokens_offset} "
-                f"up to {end}",
-                what_to_do,
+                f"has its tokens at byte {offset}; the manifest says {info.tokens_offset}", DAMAGED
+            )
+
+    def _require_schema(self, found: pa.Schema) -> None:
+        version = (found.metadata or {}).get(FORMAT_KEY, b"").decode(errors="replace")
+        if version.isdigit() and int(version) > FORMAT:
+            raise self._error(
+                f"has format {version}; this version reads up to {FORMAT}", "Use a newer version of mixer"
+            )
+        needed = self.layout.schema
+        if not found.equals(needed, check_metadata=True):
+            raise self._error(
+                f"has another schema than the manifest: found {_schema_text(found)}; "
+                f"needed {_schema_text(needed)}",
+                DAMAGED,
             )
 
     def _bytes_at(self, offset: int, num_bytes: int) -> Any:
@@ -436,21 +462,29 @@ class Shard:
 
     def _error(self, found: str, what_to_do: str) -> DataError:
         of = f" of domain {self.domain!r}" if self.domain else ""
-        return DataError(f"shard {self._where}{of} {found}. Please {what_to_do}.")
+        return DataError(f"shard {self._where}{of} {found}. {what_to_do}.")
 
 
 def _refuse_unwritable(path: str, rows: Rows) -> None:
     n = len(rows)
-    sizes = {"length": len(rows.length), "starts": len(rows.starts), "first_document": len(rows.first_document)}
+    sizes = {
+        "length": len(rows.length),
+        "starts": len(rows.starts),
+        "first_document": len(rows.first_document),
+    }
     sizes |= {key: len(column) for key, column in rows.metadata.items()}
     uneven = {name: size for name, size in sizes.items() if size != n}
     if n == 0 or uneven:
-        raise DataError(f"shard {path}: {n} rows of tokens, but {uneven or 'none to write'}. All need one size above 0.")
+        raise DataError(
+            f"shard {path}: {n} rows of tokens, but {uneven or 'none to write'}. All need one size above 0."
+        )
     if rows.starts.type != pa.list_(pa.int32()) or rows.starts.null_count:
         raise DataError(f"shard {path}: starts of type {rows.starts.type}; needs list<int32> without nulls.")
     fault = faulty_row(rows)
     if fault:
-        raise DataError(f"shard {path}: row {fault[0]} cannot be written: {fault[1]}. Mend what packs the rows.")
+        raise DataError(
+            f"shard {path}: row {fault[0]} cannot be written: {fault[1]}. Mend what packs the rows."
+        )
 
 
 def _write_batch(sink: Any, batch: pa.RecordBatch) -> None:
@@ -467,7 +501,9 @@ def _tokens_offset(content: pa.Buffer) -> int:
 
 
 def _schema_text(schema: pa.Schema) -> str:
-    kinds = ", ".join(f"{item.name}: {item.type}" + (f" {dict(item.metadata)}" if item.metadata else "") for item in schema)
+    kinds = ", ".join(
+        f"{item.name}: {item.type}" + (f" {dict(item.metadata)}" if item.metadata else "") for item in schema
+    )
     return f"[{kinds}] with metadata {dict(schema.metadata or {})}"
 
 
