@@ -49,8 +49,8 @@ class Storage:
         parts = urlsplit(uri)
         if parts.password or (parts.username and parts.scheme in ("s3", "gs", "gcs")):
             raise ConfigError(
-                f"the {parts.scheme} URI of bucket {parts.hostname!r} holds credentials, which would end up in logs. "
-                "Leave them out: the store's usual environment variables, profiles and roles are used."
+                f"the {parts.scheme} URI of bucket {parts.hostname!r} holds credentials, which would end up "
+                "in logs. Leave them out: the store's usual environment variables, profiles and roles are used."
             )
         root = f"{parts.netloc}{parts.path}".rstrip("/")
         try:
@@ -163,8 +163,8 @@ class Corpus:
         empty = [name for name, domain in self.manifest.domains.items() if domain.rows == 0]
         if empty and not self.drop_empty:
             raise DataError(
-                f"domain {', '.join(map(repr, empty))} of {self.root} has no rows; every domain needs at least one. "
-                "Give it text and prepare again, or open the corpus with drop_empty."
+                f"domain {', '.join(map(repr, empty))} of {self.root} has no rows; every domain needs at least "
+                "one. Give it text and prepare again, or open the corpus with drop_empty."
             )
         return CatalogRows(self, {name: spans_s3 for name, spans_s3 in spans.items() if name not in empty})
 
@@ -244,7 +244,7 @@ class Corpus:
 
 
 class CatalogRows:
-    """A catalog over a corpus, and where its rows lie: `spans` by domain name, each (n, 3) shard, start, stop."""
+    """A catalog over a corpus, and where its rows lie: by domain, spans (n, 3) of shard, start, stop."""
 
     def __init__(self, corpus: Corpus, spans: Mapping[str, NDArray[np.int64]]) -> None:
         self.corpus = corpus
@@ -291,7 +291,8 @@ class CatalogRows:
                 )
             name, num_rows = self.catalog.names[domain], int(self.catalog.num_rows_d[domain])
             raise DataError(
-                f"row {row} of domain {name!r}, which has {num_rows}. Use the catalog that the rows belong to."
+                f"row {row} of domain {name!r}, which has {num_rows}. Use the catalog that the rows "
+                "belong to."
             )
         place_n = self._base_d[domain_n] + row_n
         span_n = np.searchsorted(self._begin_s, place_n, side="right") - 1
@@ -317,8 +318,8 @@ class CatalogRows:
         sources = self.corpus.manifest.domains[source_domain].sources
         if not 0 <= document < table.num_rows:
             raise DataError(
-                f"row {row} of domain {domain!r} holds document {document}; {source_domain!r} lists {table.num_rows}. "
-                "Run `mixer corpus verify`."
+                f"row {row} of domain {domain!r} holds document {document}; {source_domain!r} lists "
+                f"{table.num_rows}. Run `mixer corpus verify`."
             )
         file = table.column("file")[document].as_py()
         source = sources[file] if 0 <= file < len(sources) else f"(source {file}, not listed)"
@@ -333,7 +334,8 @@ def read_manifest(filesystem: pafs.FileSystem, root: str) -> Manifest:
         value = json.loads(text, object_pairs_hook=_refuse_double_keys)
     except FileNotFoundError as error:
         raise DataError(
-            f"{where} is missing: this is no corpus, or its preparation was not finished. Run `mixer prepare`."
+            f"{where} is missing: this is no corpus, or its preparation was not finished. Run "
+            "`mixer prepare`."
         ) from error
     except (ValueError, RecursionError, *READ_ERRORS) as error:
         raise DataError(
@@ -395,8 +397,8 @@ def _require_disjoint(rows: CatalogRows) -> None:
         ]
         shard, row = after[double[0], SHARD], after[double[0], START]
         raise DataError(
-            f"row {row} of shard {rows.shards[int(shard)].path} is in domain {names[0]!r} and again in {names[1]!r}. "
-            "A row belongs to one domain of a catalog: take it out of the other."
+            f"row {row} of shard {rows.shards[int(shard)].path} is in domain {names[0]!r} and again in "
+            f"{names[1]!r}. A row belongs to one domain of a catalog: take it out of the other."
         )
 
 

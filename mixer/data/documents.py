@@ -59,8 +59,8 @@ def read(filesystem: pafs.FileSystem, root: str, info: FileInfo) -> pa.Table:
             reader = pa.ipc.open_file(source)
             if not reader.schema.equals(SCHEMA, check_metadata=True):
                 raise DataError(
-                    f"documents file {where} has the schema [{_flat(reader.schema)}]; needed [{_flat(SCHEMA)}]. "
-                    "It was damaged or replaced: restore it, or prepare the domain again."
+                    f"documents file {where} has the schema [{_flat(reader.schema)}]; needed "
+                    f"[{_flat(SCHEMA)}]. It was damaged or replaced: restore it, or prepare the domain again."
                 )
             return reader.read_all()
     except READ_ERRORS as error:
