@@ -11,10 +11,8 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -22,59 +20,17 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from mixer.core.catalog import Catalog, Domain
-from mixer.core.errors import ConfigError, DataError
+from mixer.core.errors import DataError
 from mixer.data import documents, shards
 from mixer.data.manifest import MANIFEST, DomainInfo, Manifest, parse_manifest
-from mixer.data.shards import READ_ERRORS, Shard, ShardInfo, local_path
+from mixer.data.shards import Shard, ShardInfo
+from mixer.data.storage import READ_ERRORS, Storage, local_path
 
 MAX_OPEN_SHARDS = 16_384  # each is a memory map, of which Linux grants a process 65,530
 OPEN_THREADS = 16
 SHARD, START, STOP = 0, 1, 2  # the columns of spans_s3
 
 Check = Literal["shards", "sizes", "none"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Storage:
-    """How an object store is reached. Holds no secret: credentials come from the store's own chain."""
-
-    endpoint: str | None = None  # of an S3-compatible store, as http://10.0.0.7:9000
-    region: str | None = None
-    anonymous: bool = False
-
-    def locate(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        """The file system of a path or URI, and the path in it."""
-        if "://" not in uri:
-            return pafs.LocalFileSystem(), os.path.abspath(uri)
-        parts = urlsplit(uri)
-        if parts.password or (parts.username and parts.scheme in ("s3", "gs", "gcs")):
-            raise ConfigError(
-                f"the {parts.scheme} URI of bucket {parts.hostname!r} holds credentials, which would end up "
-                "in logs. Leave them out: the store's usual environment variables, profiles and roles are used."
-            )
-        root = f"{parts.netloc}{parts.path}".rstrip("/")
-        try:
-            if parts.scheme == "s3" and (self.endpoint or self.region or self.anonymous):
-                endpoint = urlsplit(self.endpoint or "")
-                return pafs.S3FileSystem(
-                    endpoint_override=endpoint.netloc or self.endpoint,
-                    scheme=endpoint.scheme if endpoint.netloc else "https",
-                    region=self.region,
-                    anonymous=self.anonymous,
-                ), root
-            if parts.scheme in ("gs", "gcs") and (self.endpoint or self.anonymous):
-                endpoint = urlsplit(self.endpoint or "")
-                return pafs.GcsFileSystem(
-                    endpoint_override=endpoint.netloc or self.endpoint,
-                    scheme=endpoint.scheme if endpoint.netloc else "https",
-                    anonymous=self.anonymous,
-                ), root
-            filesystem, root = pafs.FileSystem.from_uri(uri)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ConfigError(
-                f"{uri} cannot be reached: {error}. Give a local path or an s3://, gs:// or file:// URI."
-            ) from error
-        return filesystem, root.rstrip("/")
 
 
 class Document(NamedTuple):
@@ -163,8 +119,8 @@ class Corpus:
         empty = [name for name, domain in self.manifest.domains.items() if domain.rows == 0]
         if empty and not self.drop_empty:
             raise DataError(
-                f"domain {', '.join(map(repr, empty))} of {self.root} has no rows; every domain needs at least "
-                "one. Give it text and prepare again, or open the corpus with drop_empty."
+                f"domain {', '.join(map(repr, empty))} of {self.root} has no rows; every domain needs "
+                "at least one. Give it text and prepare again, or drop it when the corpus is opened."
             )
         return CatalogRows(self, {name: spans_s3 for name, spans_s3 in spans.items() if name not in empty})
 
@@ -184,18 +140,17 @@ class Corpus:
         """The shard of that number, opened once and kept open."""
         shard = self._open.get(number)
         if shard is None:
-            shard = shards.open(
-                self.filesystem,
-                self.root,
-                self.shards[number],
-                self.manifest.layout,
-                domain=self.shard_domains[number],
-            )
+            shard = self.open_shard(number)
             with self._lock:
                 while len(self._open) >= MAX_OPEN_SHARDS:
                     self._open.pop(next(iter(self._open)))
                 self._open[number] = shard
         return shard
+
+    def open_shard(self, number: int) -> Shard:
+        """The shard of that number, for the caller alone: it is closed when the caller drops it."""
+        info, domain = self.shards[number], self.shard_domains[number]
+        return shards.open(self.filesystem, self.root, info, self.manifest.layout, domain=domain)
 
     def documents(self, domain: str) -> pa.Table:
         """The documents of a source domain, by number; read once and kept."""

@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 
 from mixer.core.errors import DataError
 from mixer.data.manifest import FileInfo
-from mixer.data.shards import READ_ERRORS, local_path, put
+from mixer.data.storage import READ_ERRORS, local_path, put
 
 SCHEMA = pa.schema(
     [("file", pa.int32()), ("record", pa.int64()), ("tokens", pa.int64())],

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import pyarrow.fs as pafs
 
 from mixer.core.errors import DataError, MixerError
-from mixer.data.shards import Layout, ShardInfo, dtype_for, put
+from mixer.data.shards import Layout, ShardInfo, dtype_for
+from mixer.data.storage import put
 
 FORMAT = 1
 MANIFEST = "manifest.json"

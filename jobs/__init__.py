@@ -1,0 +1,1 @@
+"""Parse, call mixer, print; nothing else. One file a verb."""
