@@ -68,7 +68,7 @@ def print_table(corpus: Corpus) -> int:
     tokenizer = manifest.tokenizer
     print(f"rows of {manifest.layout.row_tokens} tokens ({manifest.layout.dtype}); metadata: {keys}")
     print(
-        f"tokenizer {tokenizer.kind} {tokenizer.identity[:16]} of {tokenizer.vocab_size:,}, EOS {tokenizer.eos}"
+        f"tokenizer {tokenizer.kind} {tokenizer.identity[:16]} of {tokenizer.vocab_size}, EOS {tokenizer.eos}"
     )
     print(f"fingerprint {corpus.fingerprint}")
     return 0

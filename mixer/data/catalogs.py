@@ -39,11 +39,8 @@ def save_catalog(
     rows: CatalogRows, path: str | os.PathLike[str], made_by: Mapping[str, Any] | None = None
 ) -> None:
     """Write a catalog file, whole or not at all."""
-    value = to_dict(rows, made_by)
     target = Path(path).absolute()
-    put(
-        pafs.LocalFileSystem(), str(target.parent), target.name, (json.dumps(value, indent=1) + "\n").encode()
-    )
+    put(pafs.LocalFileSystem(), str(target.parent), target.name, _text(to_dict(rows, made_by)).encode())
 
 
 def open_catalog(corpus: Corpus, path: str | os.PathLike[str]) -> CatalogRows:
@@ -167,6 +164,18 @@ def unpack(text: str) -> Spans:
     spans_s3[:, STOP] = run - base
     spans_s3[:, START] = spans_s3[:, STOP] - numbers[:, 2]
     return spans_s3
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    """JSON for people: a line for each domain."""
+    lines: list[str] = []
+    for key, part in value.items():
+        if isinstance(part, dict) and part:
+            inner = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in part.items())
+            lines.append(f"{json.dumps(key)}: {{\n  {inner}}}")
+        else:
+            lines.append(f"{json.dumps(key)}: {json.dumps(part)}")
+    return "{" + ",\n ".join(lines) + "}\n"
 
 
 def _sources(corpus: Corpus) -> dict[str, list[str]]:

@@ -72,7 +72,10 @@ class Selection:
 
     def to_dict(self) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in self.__slots__}
-        return {name: list(value) if name == "by" else value for name, value in given.items() if value}
+        if self.cut is None:
+            del given["keep"]
+        given["by"] = list(self.by)
+        return {name: value for name, value in given.items() if value not in (None, False, [])}
 
 
 @dataclass(slots=True)

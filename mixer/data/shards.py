@@ -171,7 +171,7 @@ def faulty_row(rows: Rows) -> tuple[int, str] | None:
         ),
     ]
     found = [(int(bad[0]), why) for bad, why in rules if len(bad)]
-    return min(found) if found else None
+    return min(found, key=lambda fault: fault[0]) if found else None
 
 
 def flat_starts(starts: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

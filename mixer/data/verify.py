@@ -203,7 +203,8 @@ def _compare_documents(where: str, listed_n: NDArray[np.int64], parts: list[_Fac
     bad = np.flatnonzero(held != listed_n)
     if len(bad):
         first = int(bad[0])
-        yield f"{where}: document {first} has {listed_n[first]} tokens, in the shards {held[first]} ({len(bad)} such)"
+        found = f"{listed_n[first]} tokens, in the shards {held[first]} ({len(bad)} such)"
+        yield f"{where}: document {first} has {found}"
 
 
 def _verify_tokenizer(corpus: Corpus) -> Iterator[str]:
