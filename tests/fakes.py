@@ -42,7 +42,7 @@ def make_corpus(
     """Write a real corpus of `num_rows[domain]` rows each, and open it.
 
     Token 0 .. length-1 of row r of domain d is `fake_token(d, r)` except at the ends of documents, where
-    it is EOS; then padding. `metadata[key][domain]` lists a value per row. At most 4,096 rows
+    it is EOS (never token 0); then padding. `metadata[key][domain]` lists a value per row. At most 4,096 rows
     and 255 domains.
     """
     filesystem = filesystem or pafs.LocalFileSystem()
@@ -135,6 +135,9 @@ def _pack(
             tokens[row, place : place + taken] = fake_token(number, row)
             place += taken
             left -= taken
+            if left == 1:  # so that no row begins with an EOS
+                left += 1
+                document_tokens[-1] += 1
             if left == 0:
                 tokens[row, place - 1] = FAKE_EOS
         length[row] = place

@@ -78,7 +78,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_metadata_columns_lie_in_the_order_of_their_names(tmp_path: Path) -> None:
     rows = make_rows()
-    turned = dataclasses.replace(rows, metadata=dict(reversed(rows.metadata.items())))
+    turned = dataclasses.replace(rows, metadata=dict(reversed(list(rows.metadata.items()))))
     assert written(tmp_path, rows)[0] == written(tmp_path, turned)[0]
 
 
