@@ -19,12 +19,18 @@ of the whole file, which `mixer corpus verify` compares.
 """
 
 import hashlib
+<<<<<<< HEAD
 import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+=======
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+>>>>>>> shards
 from types import MappingProxyType
 from typing import Any
 
@@ -34,6 +40,10 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from mixer.core.errors import ConfigError, DataError
+<<<<<<< HEAD
+=======
+from mixer.data.storage import READ_ERRORS, KeptFile, local_path, put
+>>>>>>> shards
 
 FORMAT = 1
 FORMAT_KEY = b"mixer.shard"
@@ -43,11 +53,17 @@ FIXED_COLUMNS = ("length", "starts", "first_document", "check", "tokens")
 METADATA_TYPES: Mapping[str, pa.DataType] = MappingProxyType(
     {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
 )
+<<<<<<< HEAD
 READ_ERRORS = (OSError, pa.ArrowException, ValueError, EOFError)
 TAIL_BYTES = 4 + len(MAGIC)  # the footer's length, then the magic
 SHOWN_ROWS = 8  # how many rows an error names
 DAMAGED = "It was damaged or replaced: restore it, or prepare the domain again"
 TEMPORARY_SUFFIX = ".tmp"  # what a killed writer leaves behind ends so; never listed in a manifest
+=======
+TAIL_BYTES = 4 + len(MAGIC)  # the footer's length, then the magic
+SHOWN_ROWS = 8  # how many rows an error names
+DAMAGED = "It was damaged or replaced: restore it, or prepare the domain again"
+>>>>>>> shards
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -99,6 +115,7 @@ class Layout:
 
     @property
     def schema(self) -> pa.Schema:
+<<<<<<< HEAD
         token = pa.uint16() if self.dtype == "uint16" else pa.uint32()
         fields: list[tuple[str, pa.DataType]] = [
             ("length", pa.int32()),
@@ -109,6 +126,22 @@ class Layout:
             ("tokens", pa.list_(token, self.row_tokens)),
         ]
         return pa.schema(fields, metadata={FORMAT_KEY: str(FORMAT).encode()})
+=======
+        return _schema(self.row_tokens, self.dtype, tuple(sorted(self.metadata.items())))
+
+
+@lru_cache(maxsize=64)
+def _schema(row_tokens: int, dtype: str, metadata: tuple[tuple[str, str], ...]) -> pa.Schema:
+    fields: list[tuple[str, pa.DataType]] = [
+        ("length", pa.int32()),
+        ("starts", pa.list_(pa.int32())),
+        ("first_document", pa.int64()),
+        ("check", pa.uint64()),
+        *((key, METADATA_TYPES[kind]) for key, kind in metadata),
+        ("tokens", pa.list_(pa.uint16() if dtype == "uint16" else pa.uint32(), row_tokens)),
+    ]
+    return pa.schema(fields, metadata={FORMAT_KEY: str(FORMAT).encode()})
+>>>>>>> shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +208,11 @@ def faulty_row(rows: Rows) -> tuple[int, str] | None:
         ),
     ]
     found = [(int(bad[0]), why) for bad, why in rules if len(bad)]
+<<<<<<< HEAD
     return min(found) if found else None
+=======
+    return min(found, key=lambda fault: fault[0]) if found else None
+>>>>>>> shards
 
 
 def flat_starts(starts: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -223,6 +260,7 @@ def write(filesystem: pafs.FileSystem, root: str, path: str, rows: Rows) -> Shar
     return info
 
 
+<<<<<<< HEAD
 def put(filesystem: pafs.FileSystem, root: str, path: str, content: Any) -> None:
     """Store a file's content under root/path, whole or not at all; replaces what was there."""
     local = local_path(filesystem, f"{root}/{path}")
@@ -260,6 +298,8 @@ def local_path(filesystem: pafs.FileSystem, path: str) -> Path | None:
     return Path(path) if isinstance(filesystem, pafs.LocalFileSystem) else None
 
 
+=======
+>>>>>>> shards
 def open(
     filesystem: pafs.FileSystem, root: str, info: ShardInfo, layout: Layout, *, domain: str = ""
 ) -> "Shard":
@@ -347,12 +387,24 @@ class Shard:
             out = np.empty((len(row_n), self.layout.row_tokens), self.layout.token_type)
         if len(row_n) == 0:
             return out
+<<<<<<< HEAD
         if self._file is None:
             return np.take(self.tokens, row_n, axis=0, out=out)
         wanted, place_n = np.unique(row_n, return_inverse=True)
         cuts = np.flatnonzero(np.diff(wanted) > 1) + 1
         runs = [self.read(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, cuts)]
         return np.take(np.concatenate(runs), place_n, axis=0, out=out)
+=======
+        if row_n.min() < 0 or row_n.max() >= self.info.rows:
+            asked = f"{row_n.min()}..{row_n.max()}"
+            raise self._error(f"has {self.info.rows} rows; asked for {asked}", "Ask for rows that exist")
+        if self._file is None:  # mode "clip" spares a second copy, and there is nothing to clip
+            return np.take(self.tokens, row_n, axis=0, out=out, mode="clip")
+        wanted, place_n = np.unique(row_n, return_inverse=True)
+        cuts = np.flatnonzero(np.diff(wanted) > 1) + 1
+        runs = [self.read(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, cuts)]
+        return np.take(np.concatenate(runs), place_n, axis=0, out=out, mode="clip")
+>>>>>>> shards
 
     def columns(self, names: Sequence[str]) -> pa.RecordBatch:
         """Columns by name, in the order asked; fetches no others, so no tokens unless they are named."""
@@ -392,6 +444,7 @@ class Shard:
     def starts(self) -> pa.Array:
         return self._small.column("starts")
 
+<<<<<<< HEAD
     @cached_property
     def starts_flat(self) -> NDArray[np.int32]:
         """All starts, one after the other; row r's are `starts_flat[starts_offsets[r] : starts_offsets[r + 1]]`."""
@@ -401,6 +454,8 @@ class Shard:
     def starts_offsets(self) -> NDArray[np.int32]:
         return self.starts.offsets.to_numpy(zero_copy_only=True)
 
+=======
+>>>>>>> shards
     def metadata(self, key: str) -> pa.Array:
         return self._small.column(key)
 
@@ -418,7 +473,11 @@ class Shard:
     def _source(self) -> Any:
         if self._file is None:
             return pa.BufferReader(self._buffer)
+<<<<<<< HEAD
         return pa.PythonFile(_Kept(self._file, self.info.bytes, self._kept), mode="r")
+=======
+        return pa.PythonFile(KeptFile(self._file, self.info.bytes, self._kept), mode="r")
+>>>>>>> shards
 
     def _numbers(self, name: str) -> Any:
         column = self._small.column(name)
@@ -488,6 +547,7 @@ class Shard:
         return DataError(f"shard {self._where}{of} {found}. {what_to_do}.")
 
 
+<<<<<<< HEAD
 class _Kept:
     """A remote file as Arrow reads it, with the parts already fetched at hand. Python's file protocol."""
 
@@ -524,6 +584,8 @@ class _Kept:
         self.closed = True
 
 
+=======
+>>>>>>> shards
 def _refuse_unwritable(path: str, rows: Rows) -> None:
     n = len(rows)
     sizes = {
