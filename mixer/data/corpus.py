@@ -11,15 +11,8 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-<<<<<<< HEAD
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
-=======
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
->>>>>>> shards
 
 import numpy as np
 import pyarrow as pa
@@ -27,18 +20,11 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from mixer.core.catalog import Catalog, Domain
-<<<<<<< HEAD
-from mixer.core.errors import ConfigError, DataError
-from mixer.data import documents, shards
-from mixer.data.manifest import MANIFEST, DomainInfo, Manifest, parse_manifest
-from mixer.data.shards import READ_ERRORS, Shard, ShardInfo, local_path
-=======
 from mixer.core.errors import DataError
 from mixer.data import documents, shards
 from mixer.data.manifest import MANIFEST, DomainInfo, Manifest, parse_manifest
 from mixer.data.shards import Shard, ShardInfo
 from mixer.data.storage import READ_ERRORS, Storage, local_path
->>>>>>> shards
 
 MAX_OPEN_SHARDS = 16_384  # each is a memory map, of which Linux grants a process 65,530
 OPEN_THREADS = 16
@@ -47,52 +33,6 @@ SHARD, START, STOP = 0, 1, 2  # the columns of spans_s3
 Check = Literal["shards", "sizes", "none"]
 
 
-<<<<<<< HEAD
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Storage:
-    """How an object store is reached. Holds no secret: credentials come from the store's own chain."""
-
-    endpoint: str | None = None  # of an S3-compatible store, as http://10.0.0.7:9000
-    region: str | None = None
-    anonymous: bool = False
-
-    def locate(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        """The file system of a path or URI, and the path in it."""
-        if "://" not in uri:
-            return pafs.LocalFileSystem(), os.path.abspath(uri)
-        parts = urlsplit(uri)
-        if parts.password or (parts.username and parts.scheme in ("s3", "gs", "gcs")):
-            raise ConfigError(
-                f"the {parts.scheme} URI of bucket {parts.hostname!r} holds credentials, which would end up in logs. "
-                "Leave them out: the store's usual environment variables, profiles and roles are used."
-            )
-        root = f"{parts.netloc}{parts.path}".rstrip("/")
-        try:
-            if parts.scheme == "s3" and (self.endpoint or self.region or self.anonymous):
-                endpoint = urlsplit(self.endpoint or "")
-                return pafs.S3FileSystem(
-                    endpoint_override=endpoint.netloc or self.endpoint,
-                    scheme=endpoint.scheme if endpoint.netloc else "https",
-                    region=self.region,
-                    anonymous=self.anonymous,
-                ), root
-            if parts.scheme in ("gs", "gcs") and (self.endpoint or self.anonymous):
-                endpoint = urlsplit(self.endpoint or "")
-                return pafs.GcsFileSystem(
-                    endpoint_override=endpoint.netloc or self.endpoint,
-                    scheme=endpoint.scheme if endpoint.netloc else "https",
-                    anonymous=self.anonymous,
-                ), root
-            filesystem, root = pafs.FileSystem.from_uri(uri)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ConfigError(
-                f"{uri} cannot be reached: {error}. Give a local path or an s3://, gs:// or file:// URI."
-            ) from error
-        return filesystem, root.rstrip("/")
-
-
-=======
->>>>>>> shards
 class Document(NamedTuple):
     """Where a token comes from."""
 
@@ -179,13 +119,8 @@ class Corpus:
         empty = [name for name, domain in self.manifest.domains.items() if domain.rows == 0]
         if empty and not self.drop_empty:
             raise DataError(
-<<<<<<< HEAD
-                f"domain {', '.join(map(repr, empty))} of {self.root} has no rows; every domain needs at least one. "
-                "Give it text and prepare again, or open the corpus with drop_empty."
-=======
                 f"domain {', '.join(map(repr, empty))} of {self.root} has no rows; every domain needs "
                 "at least one. Give it text and prepare again, or drop it when the corpus is opened."
->>>>>>> shards
             )
         return CatalogRows(self, {name: spans_s3 for name, spans_s3 in spans.items() if name not in empty})
 
@@ -205,31 +140,18 @@ class Corpus:
         """The shard of that number, opened once and kept open."""
         shard = self._open.get(number)
         if shard is None:
-<<<<<<< HEAD
-            shard = shards.open(
-                self.filesystem,
-                self.root,
-                self.shards[number],
-                self.manifest.layout,
-                domain=self.shard_domains[number],
-            )
-=======
             shard = self.open_shard(number)
->>>>>>> shards
             with self._lock:
                 while len(self._open) >= MAX_OPEN_SHARDS:
                     self._open.pop(next(iter(self._open)))
                 self._open[number] = shard
         return shard
 
-<<<<<<< HEAD
-=======
     def open_shard(self, number: int) -> Shard:
         """The shard of that number, for the caller alone: it is closed when the caller drops it."""
         info, domain = self.shards[number], self.shard_domains[number]
         return shards.open(self.filesystem, self.root, info, self.manifest.layout, domain=domain)
 
->>>>>>> shards
     def documents(self, domain: str) -> pa.Table:
         """The documents of a source domain, by number; read once and kept."""
         if domain not in self._documents:
@@ -277,11 +199,7 @@ class Corpus:
 
 
 class CatalogRows:
-<<<<<<< HEAD
-    """A catalog over a corpus, and where its rows lie: `spans` by domain name, each (n, 3) shard, start, stop."""
-=======
     """A catalog over a corpus, and where its rows lie: by domain, spans (n, 3) of shard, start, stop."""
->>>>>>> shards
 
     def __init__(self, corpus: Corpus, spans: Mapping[str, NDArray[np.int64]]) -> None:
         self.corpus = corpus
@@ -308,7 +226,6 @@ class CatalogRows:
     def shards(self) -> Sequence[ShardInfo]:
         return self.corpus.shards
 
-<<<<<<< HEAD
     @property
     def is_mapped(self) -> bool:
         """Whether tokens are memory-mapped; else they are fetched from an object store."""
@@ -317,8 +234,6 @@ class CatalogRows:
     def shard(self, number: int) -> Shard:
         return self.corpus.shard(number)
 
-=======
->>>>>>> shards
     def spans_of(self, domain: int) -> NDArray[np.int64]:
         return self.spans_s3[self._first_span_d[domain] : self._first_span_d[domain + 1]]
 
@@ -339,12 +254,8 @@ class CatalogRows:
                 )
             name, num_rows = self.catalog.names[domain], int(self.catalog.num_rows_d[domain])
             raise DataError(
-<<<<<<< HEAD
-                f"row {row} of domain {name!r}, which has {num_rows}. Use the catalog that the rows belong to."
-=======
                 f"row {row} of domain {name!r}, which has {num_rows}. Use the catalog that the rows "
                 "belong to."
->>>>>>> shards
             )
         place_n = self._base_d[domain_n] + row_n
         span_n = np.searchsorted(self._begin_s, place_n, side="right") - 1
@@ -370,13 +281,8 @@ class CatalogRows:
         sources = self.corpus.manifest.domains[source_domain].sources
         if not 0 <= document < table.num_rows:
             raise DataError(
-<<<<<<< HEAD
-                f"row {row} of domain {domain!r} holds document {document}; {source_domain!r} lists {table.num_rows}. "
-                "Run `mixer corpus verify`."
-=======
                 f"row {row} of domain {domain!r} holds document {document}; {source_domain!r} lists "
                 f"{table.num_rows}. Run `mixer corpus verify`."
->>>>>>> shards
             )
         file = table.column("file")[document].as_py()
         source = sources[file] if 0 <= file < len(sources) else f"(source {file}, not listed)"
@@ -391,12 +297,8 @@ def read_manifest(filesystem: pafs.FileSystem, root: str) -> Manifest:
         value = json.loads(text, object_pairs_hook=_refuse_double_keys)
     except FileNotFoundError as error:
         raise DataError(
-<<<<<<< HEAD
-            f"{where} is missing: this is no corpus, or its preparation was not finished. Run `mixer prepare`."
-=======
             f"{where} is missing: this is no corpus, or its preparation was not finished. Run "
             "`mixer prepare`."
->>>>>>> shards
         ) from error
     except (ValueError, RecursionError, *READ_ERRORS) as error:
         raise DataError(
@@ -458,13 +360,8 @@ def _require_disjoint(rows: CatalogRows) -> None:
         ]
         shard, row = after[double[0], SHARD], after[double[0], START]
         raise DataError(
-<<<<<<< HEAD
-            f"row {row} of shard {rows.shards[int(shard)].path} is in domain {names[0]!r} and again in {names[1]!r}. "
-            "A row belongs to one domain of a catalog: take it out of the other."
-=======
             f"row {row} of shard {rows.shards[int(shard)].path} is in domain {names[0]!r} and again in "
             f"{names[1]!r}. A row belongs to one domain of a catalog: take it out of the other."
->>>>>>> shards
         )
 
 

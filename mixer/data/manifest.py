@@ -19,12 +19,8 @@ from typing import Any, TypeVar
 import pyarrow.fs as pafs
 
 from mixer.core.errors import DataError, MixerError
-<<<<<<< HEAD
-from mixer.data.shards import Layout, ShardInfo, dtype_for, put
-=======
 from mixer.data.shards import Layout, ShardInfo, dtype_for
 from mixer.data.storage import put
->>>>>>> shards
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -39,11 +35,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerInfo:
-<<<<<<< HEAD
-    """Which tokenizer made the tokens. For "hf", `identity` is the sha256 of the corpus's tokenizer.json."""
-=======
     """Which tokenizer made the tokens. For "hf" see `tokenizer_identity`."""
->>>>>>> shards
 
     kind: str
     identity: str
@@ -141,8 +133,6 @@ def manifest_fingerprint(manifest: Manifest) -> str:
     return hashlib.sha256(f"corpus {FORMAT}\n{text}".encode()).hexdigest()
 
 
-<<<<<<< HEAD
-=======
 def tokenizer_identity(text: str, eos: int) -> str:
     """The identity of a tokenizer.json: what it defines and the EOS chosen, not how the file is laid out."""
     definition: dict[str, Any] = json.loads(text)
@@ -152,7 +142,6 @@ def tokenizer_identity(text: str, eos: int) -> str:
     return hashlib.sha256(f"{eos}\n{canonical}".encode()).hexdigest()
 
 
->>>>>>> shards
 def slug(domain: str) -> str:
     """A folder name for a domain: itself where that is harmless, else a likeness and a few hash digits."""
     tame = re.sub(r"[^a-z0-9._-]+", "-", domain.lower())[:MAX_SLUG].strip("-.")
@@ -338,12 +327,8 @@ def _refuse_doubles(domains: Mapping[str, DomainInfo]) -> None:
             if owner != name:
                 raise DataError(
                     f"manifest: {shard.path} of domain {name!r} has the content of {path} of domain "
-<<<<<<< HEAD
-                    f"{owner!r} (sha256 {shard.sha256[:16]}...). Rows belong to one domain: leave one of the two out."
-=======
                     f"{owner!r} (sha256 {shard.sha256[:16]}...). Rows belong to one domain: leave "
                     "one of the two out."
->>>>>>> shards
                 )
 
 

@@ -19,18 +19,9 @@ of the whole file, which `mixer corpus verify` compares.
 """
 
 import hashlib
-<<<<<<< HEAD
-import os
-import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-=======
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
->>>>>>> shards
 from types import MappingProxyType
 from typing import Any
 
@@ -40,10 +31,7 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from mixer.core.errors import ConfigError, DataError
-<<<<<<< HEAD
-=======
 from mixer.data.storage import READ_ERRORS, KeptFile, local_path, put
->>>>>>> shards
 
 FORMAT = 1
 FORMAT_KEY = b"mixer.shard"
@@ -53,17 +41,9 @@ FIXED_COLUMNS = ("length", "starts", "first_document", "check", "tokens")
 METADATA_TYPES: Mapping[str, pa.DataType] = MappingProxyType(
     {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
 )
-<<<<<<< HEAD
-READ_ERRORS = (OSError, pa.ArrowException, ValueError, EOFError)
 TAIL_BYTES = 4 + len(MAGIC)  # the footer's length, then the magic
 SHOWN_ROWS = 8  # how many rows an error names
 DAMAGED = "It was damaged or replaced: restore it, or prepare the domain again"
-TEMPORARY_SUFFIX = ".tmp"  # what a killed writer leaves behind ends so; never listed in a manifest
-=======
-TAIL_BYTES = 4 + len(MAGIC)  # the footer's length, then the magic
-SHOWN_ROWS = 8  # how many rows an error names
-DAMAGED = "It was damaged or replaced: restore it, or prepare the domain again"
->>>>>>> shards
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -115,18 +95,6 @@ class Layout:
 
     @property
     def schema(self) -> pa.Schema:
-<<<<<<< HEAD
-        token = pa.uint16() if self.dtype == "uint16" else pa.uint32()
-        fields: list[tuple[str, pa.DataType]] = [
-            ("length", pa.int32()),
-            ("starts", pa.list_(pa.int32())),
-            ("first_document", pa.int64()),
-            ("check", pa.uint64()),
-            *((key, METADATA_TYPES[kind]) for key, kind in sorted(self.metadata.items())),
-            ("tokens", pa.list_(token, self.row_tokens)),
-        ]
-        return pa.schema(fields, metadata={FORMAT_KEY: str(FORMAT).encode()})
-=======
         return _schema(self.row_tokens, self.dtype, tuple(sorted(self.metadata.items())))
 
 
@@ -141,7 +109,6 @@ def _schema(row_tokens: int, dtype: str, metadata: tuple[tuple[str, str], ...]) 
         ("tokens", pa.list_(pa.uint16() if dtype == "uint16" else pa.uint32(), row_tokens)),
     ]
     return pa.schema(fields, metadata={FORMAT_KEY: str(FORMAT).encode()})
->>>>>>> shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,11 +175,7 @@ def faulty_row(rows: Rows) -> tuple[int, str] | None:
         ),
     ]
     found = [(int(bad[0]), why) for bad, why in rules if len(bad)]
-<<<<<<< HEAD
-    return min(found) if found else None
-=======
     return min(found, key=lambda fault: fault[0]) if found else None
->>>>>>> shards
 
 
 def flat_starts(starts: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -260,46 +223,6 @@ def write(filesystem: pafs.FileSystem, root: str, path: str, rows: Rows) -> Shar
     return info
 
 
-<<<<<<< HEAD
-def put(filesystem: pafs.FileSystem, root: str, path: str, content: Any) -> None:
-    """Store a file's content under root/path, whole or not at all; replaces what was there."""
-    local = local_path(filesystem, f"{root}/{path}")
-    try:
-        if local is None:
-            with filesystem.open_output_stream(f"{root}/{path}", compression=None) as stream:
-                stream.write(content)
-            return
-        local.parent.mkdir(parents=True, exist_ok=True)
-        temporary = local.with_name(f".{local.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
-        try:
-            with temporary.open("xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(local)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(local.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {root}/{path}: {error}. It needs a writable place with {len(content)} bytes free; "
-            "nothing half-written was left."
-        ) from error
-
-
-def local_path(filesystem: pafs.FileSystem, path: str) -> Path | None:
-    """The path on this machine's disk, or None for an object store."""
-    if isinstance(filesystem, pafs.SubTreeFileSystem):
-        return local_path(filesystem.base_fs, f"{filesystem.base_path.rstrip('/')}/{path.lstrip('/')}")
-    return Path(path) if isinstance(filesystem, pafs.LocalFileSystem) else None
-
-
-=======
->>>>>>> shards
 def open(
     filesystem: pafs.FileSystem, root: str, info: ShardInfo, layout: Layout, *, domain: str = ""
 ) -> "Shard":
@@ -387,14 +310,6 @@ class Shard:
             out = np.empty((len(row_n), self.layout.row_tokens), self.layout.token_type)
         if len(row_n) == 0:
             return out
-<<<<<<< HEAD
-        if self._file is None:
-            return np.take(self.tokens, row_n, axis=0, out=out)
-        wanted, place_n = np.unique(row_n, return_inverse=True)
-        cuts = np.flatnonzero(np.diff(wanted) > 1) + 1
-        runs = [self.read(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, cuts)]
-        return np.take(np.concatenate(runs), place_n, axis=0, out=out)
-=======
         if row_n.min() < 0 or row_n.max() >= self.info.rows:
             asked = f"{row_n.min()}..{row_n.max()}"
             raise self._error(f"has {self.info.rows} rows; asked for {asked}", "Ask for rows that exist")
@@ -404,7 +319,6 @@ class Shard:
         cuts = np.flatnonzero(np.diff(wanted) > 1) + 1
         runs = [self.read(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, cuts)]
         return np.take(np.concatenate(runs), place_n, axis=0, out=out, mode="clip")
->>>>>>> shards
 
     def columns(self, names: Sequence[str]) -> pa.RecordBatch:
         """Columns by name, in the order asked; fetches no others, so no tokens unless they are named."""
@@ -444,7 +358,6 @@ class Shard:
     def starts(self) -> pa.Array:
         return self._small.column("starts")
 
-<<<<<<< HEAD
     @cached_property
     def starts_flat(self) -> NDArray[np.int32]:
         """All starts, one after the other; row r's are `starts_flat[starts_offsets[r] : starts_offsets[r + 1]]`."""
@@ -454,8 +367,6 @@ class Shard:
     def starts_offsets(self) -> NDArray[np.int32]:
         return self.starts.offsets.to_numpy(zero_copy_only=True)
 
-=======
->>>>>>> shards
     def metadata(self, key: str) -> pa.Array:
         return self._small.column(key)
 
@@ -473,11 +384,7 @@ class Shard:
     def _source(self) -> Any:
         if self._file is None:
             return pa.BufferReader(self._buffer)
-<<<<<<< HEAD
-        return pa.PythonFile(_Kept(self._file, self.info.bytes, self._kept), mode="r")
-=======
         return pa.PythonFile(KeptFile(self._file, self.info.bytes, self._kept), mode="r")
->>>>>>> shards
 
     def _numbers(self, name: str) -> Any:
         column = self._small.column(name)
@@ -547,45 +454,6 @@ class Shard:
         return DataError(f"shard {self._where}{of} {found}. {what_to_do}.")
 
 
-<<<<<<< HEAD
-class _Kept:
-    """A remote file as Arrow reads it, with the parts already fetched at hand. Python's file protocol."""
-
-    closed = False
-
-    def __init__(self, file: pa.NativeFile, size: int, kept: Mapping[int, Any]) -> None:
-        self._file = file
-        self._size = size
-        self._kept = kept
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._place = offset + (0, self._place, self._size)[whence]
-        return self._place
-
-    def read(self, num_bytes: int) -> bytes:
-        start, stop = self._place, min(self._place + num_bytes, self._size)
-        self._place = stop
-        for first, part in self._kept.items():
-            if first <= start and stop <= first + len(part):
-                return bytes(memoryview(part)[start - first : stop - first])
-        return self._file.read_at(stop - start, start)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-=======
->>>>>>> shards
 def _refuse_unwritable(path: str, rows: Rows) -> None:
     n = len(rows)
     sizes = {
