@@ -20,8 +20,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +43,7 @@ READABLE_DOMAINS = 64
 EXACT_SUM = 1e-15  # weights whose sum is this near to 1 are bound to the last bit as they were asked for
 CHECK_HEX = 16
 _CHECK = ',"check":"'
+_CATALOG_LINE = b'{"catalog_from":'
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +78,36 @@ class MixtureSchedule:
 
     catalog: Catalog
     geometry: Geometry
-    rows: list[ScheduleRow] = field(default_factory=list)
     plan_version: int = plan.VERSION
-    switches: list[int] = field(default_factory=list)  # windows whose catalog differs from the one before
+    switches: list[int] = field(default_factory=list[int], init=False)  # windows with another catalog than before
+    # Rows, or what makes them: those of a saved schedule are decoded when they are first asked for.
+    _rows: list[ScheduleRow | Callable[[], ScheduleRow]] = field(default_factory=list, init=False, repr=False)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     def __iter__(self) -> Iterator[ScheduleRow]:
-        return iter(self.rows)
+        return map(self.row, range(len(self)))
 
     def row(self, window: int) -> ScheduleRow:
-        if not 0 <= window < len(self.rows):
-            raise ScheduleError(f"window {window} is not in the schedule, which has {len(self.rows)}. It ends here.")
-        return self.rows[window]
+        if not 0 <= window < len(self._rows):
+            raise ScheduleError(f"window {window} is not in the schedule, which has {len(self._rows)}. It ends here.")
+        row = self._rows[window]
+        if not isinstance(row, ScheduleRow):
+            row = self._rows[window] = row()
+        return row
+
+    @property
+    def rows(self) -> list[ScheduleRow]:
+        return list(self)
+
+    @property
+    def last(self) -> ScheduleRow | None:
+        return self.row(len(self) - 1) if self._rows else None
 
     @property
     def last_catalog(self) -> Catalog:
-        return self.rows[-1].catalog if self.rows else self.catalog
+        return self.last.catalog if self.last else self.catalog
 
     def propose(
         self,
@@ -122,7 +137,7 @@ class MixtureSchedule:
         for array in (weights_d, given.count_d, offsets_d, carry_d):
             array.flags.writeable = False
         return ScheduleRow(
-            len(self.rows), catalog, weights_d, given.count_d, offsets_d, carry_d, signals_through, reason
+            len(self), catalog, weights_d, given.count_d, offsets_d, carry_d, signals_through, reason
         )
 
     def append(self, row: ScheduleRow) -> ScheduleRow:
@@ -133,8 +148,8 @@ class MixtureSchedule:
         def refuse(what: str) -> None:
             raise ScheduleError(f"row of window {row.window} does not follow from the one before it: {what}.")
 
-        if row.window != len(self.rows):
-            refuse(f"window {len(self.rows)} comes next")
+        if row.window != len(self):
+            refuse(f"window {len(self)} comes next")
         if int(row.counts_d.sum()) != slots or (row.counts_d < 0).any():
             refuse(f"its counts sum to {int(row.counts_d.sum())}, a window has {slots} slots")
         if not np.array_equal(row.offsets_d, offsets_d):
@@ -146,10 +161,16 @@ class MixtureSchedule:
         if not -1 <= row.signals_through < max(row.window, 0):
             refuse(f"it depends on signals through window {row.signals_through}")
         Mixture(row.weights_d)
-        if self.rows and row.catalog.fingerprint != self.rows[-1].catalog.fingerprint:
+        if self.last and row.catalog.fingerprint != self.last.catalog.fingerprint:
             self.switches.append(row.window)
-        self.rows.append(row)
+        self._rows.append(row)
         return row
+
+    def append_saved(self, decode: Callable[[], ScheduleRow], *, switched: bool) -> None:
+        """A row that a schedule's own text vouches for; it is decoded when it is asked for."""
+        if switched and self._rows:
+            self.switches.append(len(self))
+        self._rows.append(decode)
 
     def extend(self, mixture: Mixture, windows: int = 1, **why: Any) -> "MixtureSchedule":
         """Bind the same mixture to the next windows; returns itself."""
@@ -159,9 +180,8 @@ class MixtureSchedule:
 
     def position(self, catalog: Catalog) -> tuple[Ints, Floats]:
         """What each domain of `catalog` gave before the next window, and is owed."""
-        if not self.rows:
+        if (last := self.last) is None:
             return np.zeros(len(catalog), dtype=np.int64), np.zeros(len(catalog))
-        last = self.rows[-1]
         if catalog is last.catalog or catalog.fingerprint == last.catalog.fingerprint:
             return last.next_offsets_d, last.next_carry_d
         return self._latest(catalog)
@@ -170,8 +190,8 @@ class MixtureSchedule:
         """Where each domain was after the last window whose catalog had it, by name and content."""
         offsets_d, carry_d = np.zeros(len(catalog), dtype=np.int64), np.zeros(len(catalog))
         wanted = {(domain.name, domain.content): place for place, domain in enumerate(catalog.domains)}
-        for end in [len(self.rows), *reversed(self.switches)]:
-            row = self.rows[end - 1]  # the last row of a stretch under one catalog says it all
+        for end in [len(self), *reversed(self.switches)]:
+            row = self.row(end - 1)  # the last row of a stretch under one catalog says it all
             last_offsets_d, last_carry_d = row.next_offsets_d, row.next_carry_d
             for place, domain in enumerate(row.catalog.domains):
                 if (new := wanted.pop((domain.name, domain.content), None)) is not None:
@@ -188,19 +208,19 @@ class MixtureSchedule:
         Window j of the new schedule takes the mean of the old weights over the stretch of the run it
         covers, [j, j + 1) / windows. Only for schedules of one catalog: rows are planned afresh.
         """
-        if windows < 1 or not self.rows:
-            raise ScheduleError(f"cannot stretch {len(self.rows)} windows to {windows}. Both must be at least 1.")
-        if any(row.catalog.fingerprint != self.catalog.fingerprint for row in self.rows):
+        if windows < 1 or not self:
+            raise ScheduleError(f"cannot stretch {len(self)} windows to {windows}. Both must be at least 1.")
+        if any(row.catalog.fingerprint != self.catalog.fingerprint for row in self):
             raise ScheduleError("cannot stretch a schedule that changes its catalog. Stretch its parts.")
         stretched = MixtureSchedule(self.catalog, geometry or self.geometry)
-        old = len(self.rows)
+        old = len(self)
         for new in range(windows):
             # In units of 1 / (old * windows) of the run, old window i covers [i, i + 1) * windows.
             begin, end = new * old, (new + 1) * old
             weights_d = np.zeros(len(self.catalog))
             for i in range(begin // windows, -(-end // windows)):
                 part = min(end, (i + 1) * windows) - max(begin, i * windows)
-                weights_d += self.rows[i].weights_d * (part / old)
+                weights_d += self.row(i).weights_d * (part / old)
             stretched.extend(Mixture(weights_d), reason="stretched")
         return stretched
 
@@ -208,12 +228,12 @@ class MixtureSchedule:
 
     def to_text(self) -> str:
         writer = LineWriter.begin(self)
-        return writer.header + "".join(map(writer.lines, self.rows))
+        return writer.header + "".join(map(writer.lines, self))
 
     @classmethod
     def from_text(cls, text: str | bytes) -> "MixtureSchedule":
         """The schedule of a text; a torn last line is left out."""
-        return read(text).schedule
+        return read(text, thorough=True).schedule
 
     def check_resume(self, catalog: Catalog, geometry: Geometry) -> None:
         """Refuse to go on under anything that would move a row, each difference with its own text."""
@@ -318,30 +338,36 @@ class Reading:
     torn: int
 
 
-def read(text: str | bytes) -> Reading:
-    """Read a whole schedule and check every line of it."""
+def read(text: str | bytes, *, thorough: bool = False) -> Reading:
+    """Read a schedule as far as its lines are whole and their check values fit.
+
+    Rows are decoded when they are asked for, so that a long run resumes as fast as a short one;
+    `thorough` decodes all of them at once and does the sums from row to row.
+    """
     data = text.encode() if isinstance(text, str) else bytes(text)
     lines = data.split(b"\n")
     tail = lines.pop()  # what follows the last newline: nothing, or a torn line
     if not lines:
         raise ScheduleError(f"no schedule: {len(data)} bytes without one whole line. Its writing never got that far.")
-    head, check = _parse(lines[0], "", 1)
+    check = _require_check(lines[0], "", 1)
+    with _reading(1):
+        head = _json(lines[0])
     schedule = _read_header(head)
     writer = LineWriter(lines[0].decode() + "\n", check, schedule.catalog)
     read_row = _ROW_READERS[int(head["format"])]
-    catalog, size, pending = schedule.catalog, 0, 0
-    for number, line in enumerate(lines, start=1):
-        if number > 1:
-            value, check = _parse(line, check, number)
-            try:
-                if "catalog" in value:
-                    catalog, pending = Catalog.from_dict(value["catalog"]), pending + len(line) + 1
-                    continue  # it counts only together with the row it was written for
-                schedule.append(read_row(value, catalog))
-            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                raise ScheduleError(f"line {number} of the schedule is not a row: {error!r}.") from error
-            except MixerError as error:
-                raise ScheduleError(f"line {number} of the schedule: {error}") from error
+    catalog, size, pending = schedule.catalog, len(lines[0]) + 1, 0
+    for number, line in enumerate(lines[1:], start=2):
+        check = _require_check(line, check, number)
+        if line.startswith(_CATALOG_LINE):
+            with _reading(number):
+                catalog, pending = Catalog.from_dict(_json(line)["catalog"]), pending + len(line) + 1
+            continue  # it counts only together with the row it was written for
+        decode = partial(_decode, line, number, read_row, catalog, len(schedule))
+        if thorough:
+            with _reading(number):
+                schedule.append(decode())
+        else:
+            schedule.append_saved(decode, switched=catalog is not writer.catalog)
         size, pending = size + pending + len(line) + 1, 0
         writer.check, writer.catalog = check, catalog
     if tail[-1:] not in (b"", b"\0") and _has_check(tail[:-1], check):  # a tear leaves no byte, or zeros
@@ -380,7 +406,8 @@ def _read_row_1(value: dict[str, Any], catalog: Catalog) -> ScheduleRow:
     )
 
 
-_ROW_READERS: dict[int, Callable[[dict[str, Any], Catalog], ScheduleRow]] = {1: _read_row_1}
+_RowReader = Callable[[dict[str, Any], Catalog], ScheduleRow]
+_ROW_READERS: dict[int, _RowReader] = {1: _read_row_1}
 
 
 def _line(value: dict[str, Any], check_before: str) -> tuple[str, str]:
@@ -390,20 +417,40 @@ def _line(value: dict[str, Any], check_before: str) -> tuple[str, str]:
     return f'{body}{_CHECK}{check}"}}\n', check
 
 
-def _parse(line: bytes, check_before: str, number: int) -> tuple[dict[str, Any], str]:
-    body, _, rest = line.rpartition(_CHECK.encode())
+def _decode(line: bytes, number: int, read_row: _RowReader, catalog: Catalog, window: int) -> ScheduleRow:
+    with _reading(number):
+        row = read_row(_json(line), catalog)
+        if row.window != window:
+            raise ScheduleError(f"it says window {row.window}, and stands in the place of {window}.")
+        return row
+
+
+@contextmanager
+def _reading(number: int) -> Iterator[None]:
+    """Puts the number of the line before whatever is wrong with it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ScheduleError(f"line {number} of the schedule is not a row: {error!r}.") from error
+    except MixerError as error:
+        raise ScheduleError(f"line {number} of the schedule: {error}") from error
+
+
+def _json(line: bytes) -> dict[str, Any]:
+    value = json.loads(line)
+    if not isinstance(value, dict):
+        raise TypeError(f"{type(value).__name__} where a mapping is needed")
+    return cast(dict[str, Any], value)
+
+
+def _require_check(line: bytes, check_before: str, number: int) -> str:
+    """The check value of a line, if it is the right one."""
     if not _has_check(line, check_before):
         raise ScheduleError(
             f"line {number} of the schedule is damaged, or lines before it are missing: its check value does not fit. "
             "Restore the file from a copy; nothing after this line can be trusted."
         )
-    try:
-        value = json.loads(body + b"}")
-    except ValueError as error:
-        raise ScheduleError(f"line {number} of the schedule is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ScheduleError(f"line {number} of the schedule is not a mapping.")
-    return value, rest[:CHECK_HEX].decode()
+    return line[-CHECK_HEX - 2 : -2].decode()
 
 
 def _has_check(line: bytes, check_before: str) -> bool:

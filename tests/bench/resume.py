@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Cursor, Geometry
-from mixer.core.schedule import MixtureSchedule
+from mixer.core.schedule import MixtureSchedule, read
 from mixer.data.corpus import Corpus
 from mixer.data.reader import WindowReader
 from tests.bench.corpora import random_corpus
@@ -32,7 +32,7 @@ REPETITIONS = 15
 def first_batch(corpus: str, schedule: str, steps: int) -> float:
     begin = time.perf_counter()
     opened = Corpus.open(corpus)
-    saved = MixtureSchedule.from_text(Path(schedule).read_bytes())
+    saved = read(Path(schedule).read_bytes()).schedule
     reader = WindowReader(opened.by_source, saved, saved.geometry)
     reader.cursor = Cursor.at(steps, saved.geometry)
     batch = next(iter(reader))
