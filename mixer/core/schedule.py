@@ -362,11 +362,11 @@ def read(text: str | bytes, *, thorough: bool = False) -> Reading:
             with _reading(number):
                 catalog, pending = Catalog.from_dict(_json(line)["catalog"]), pending + len(line) + 1
             continue  # it counts only together with the row it was written for
-        decode = partial(_decode, line, number, read_row, catalog, len(schedule))
         if thorough:
             with _reading(number):
-                schedule.append(decode())
+                schedule.append(read_row(_json(line), catalog))
         else:
+            decode = partial(_decode, line, number, read_row, catalog, len(schedule))
             schedule.append_saved(decode, switched=catalog is not writer.catalog)
         size, pending = size + pending + len(line) + 1, 0
         writer.check, writer.catalog = check, catalog
