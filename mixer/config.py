@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mixer.core.errors import ConfigError
 
 T = TypeVar("T")
-_PART = re.compile(r"(?:^|\.)(?P<name>[^.\[\]]+)|\[(?P<quoted>[^\[\]]+)\]")  # of an override's key
+_PART = re.compile(r"(?:^|(?<=.)\.)(?P<name>[^.\[\]]+)|\[(?P<quoted>[^\[\]]+)\]")  # of an override's key
 
 
 def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> T:
