@@ -256,10 +256,12 @@ class Shard:
         local = local_path(filesystem, self._where)
         try:
             if local is not None:
-                # Arrow keeps the mapping alive through its buffers after the file is closed.
                 with pa.memory_map(str(local)) as file:
                     self._require_size(file.size())
-                    self._buffer = file.read_buffer()
+                    # Arrow keeps the whole mapping alive through any buffer of it, also when the file is
+                    # closed; but it asks the kernel to load what is read, so one byte must do.
+                    first = file.read_buffer(1)
+                    self._buffer = pa.foreign_buffer(first.address, info.bytes, base=first)
             else:
                 self._file = file = filesystem.open_input_file(self._where)
                 self._require_size(file.size())
