@@ -43,7 +43,7 @@ READABLE_DOMAINS = 64
 EXACT_SUM = 1e-15  # weights whose sum is this near to 1 are bound to the last bit as they were asked for
 CHECK_HEX = 16
 _CHECK = ',"check":"'
-_CATALOG_LINE = b'{"catalog_from":'
+_CATALOG_LINE = b'{"catalog_from"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ class MixtureSchedule:
     @classmethod
     def from_text(cls, text: str | bytes) -> "MixtureSchedule":
         """The schedule of a text; a torn last line is left out."""
-        return read(text, thorough=True).schedule
+        return read(text).schedule
 
     def check_resume(self, catalog: Catalog, geometry: Geometry) -> None:
         """Refuse to go on under anything that would move a row, each difference with its own text."""
@@ -338,11 +338,11 @@ class Reading:
     torn: int
 
 
-def read(text: str | bytes, *, thorough: bool = False) -> Reading:
-    """Read a schedule as far as its lines are whole and their check values fit.
+def read(text: str | bytes, *, thorough: bool = True) -> Reading:
+    """Read a schedule: every check value, and if `thorough` also every row and the sums between rows.
 
-    Rows are decoded when they are asked for, so that a long run resumes as fast as a short one;
-    `thorough` decodes all of them at once and does the sums from row to row.
+    Else rows are decoded when they are asked for, so that a long run resumes as fast as a short one;
+    the check values vouch for what the writer summed up.
     """
     data = text.encode() if isinstance(text, str) else bytes(text)
     lines = data.split(b"\n")
@@ -437,10 +437,10 @@ def _reading(number: int) -> Iterator[None]:
 
 
 def _json(line: bytes) -> dict[str, Any]:
-    value = json.loads(line)
-    if not isinstance(value, dict):
-        raise TypeError(f"{type(value).__name__} where a mapping is needed")
-    return cast(dict[str, Any], value)
+    try:
+        return cast(dict[str, Any], json.loads(line))  # a body and a check within braces is a mapping
+    except ValueError as error:
+        raise ScheduleError(f"not JSON: {error}") from error
 
 
 def _require_check(line: bytes, check_before: str, number: int) -> str:

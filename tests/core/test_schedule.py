@@ -428,7 +428,7 @@ def test_a_whole_line_that_makes_no_sense_is_refused(line: int, key: str, value:
 def test_lines_that_are_no_mappings_are_refused() -> None:
     header = signed(["{}"])
     assert header.endswith('"}\n')
-    with pytest.raises(ScheduleError, match="line 1 of the schedule is not JSON"):
+    with pytest.raises(ScheduleError, match="line 1 of the schedule: not JSON"):
         read(signed(["{]}"]))
 
 
@@ -584,3 +584,28 @@ def test_another_plan_is_refused() -> None:
     text = schedule.to_text()
     with pytest.raises(ResumeError, match=f"planned by version {plan.VERSION + 1} of the plan, this is {plan.VERSION}"):
         read(text).schedule.check_resume(CATALOG, GEOMETRY)
+
+
+def test_a_saved_schedule_opened_in_haste_is_the_same_one() -> None:
+    schedule = switching()
+    hasty = read(schedule.to_text(), thorough=False)
+    assert hasty.schedule.switches == schedule.switches
+    assert len(hasty.schedule) == len(schedule)
+    assert hasty.schedule.to_text() == schedule.to_text()
+    row = schedule.propose(schedule.rows[-1].mixture)
+    assert hasty.schedule.propose(schedule.rows[-1].mixture).next_offsets_d.tolist() == row.next_offsets_d.tolist()
+
+
+def test_a_row_in_another_window_s_place_is_found_when_it_is_asked_for() -> None:
+    values = unsigned(switching().to_text())
+    values[1]["window"] = 5
+    hasty = read(signed([json.dumps(value) for value in values]), thorough=False).schedule
+    with pytest.raises(ScheduleError, match="line 2 of the schedule: it says window 5, and stands in the place of 0"):
+        hasty.row(0)
+
+
+def test_a_damaged_line_is_found_in_haste_too() -> None:
+    text = switching().to_text()
+    middle = text.index('"window":1')
+    with pytest.raises(ScheduleError, match="line 3 of the schedule is damaged"):
+        read(text[:middle] + '"window":2' + text[middle + 10 :], thorough=False)
