@@ -11,8 +11,11 @@ A shard is one Arrow IPC *file*, uncompressed, with one record batch, of one dom
 
 Tokens lie last and uncompressed, so row r is the bytes from `tokens_offset + r * row_bytes` on: a
 view into a memory map on local disk, one ranged read from an object store. All else is small and
-lies before them. `check` is read again with every row: four bytes flipped on a disk must not train.
-It is a sum, so it guards against decay, not against malice; that is what the sha256 is for.
+lies before them and is called the head. A shard proves itself in three steps, each when it is due: size
+and schema when it is opened; the head against the manifest's sha256 when it is first used; a row's
+tokens against `check` whenever they are read. So neither a flipped byte nor another shard under the
+same name can train. `check` is a sum: it guards against decay; against malice there is the sha256
+of the whole file, which `mixer corpus verify` compares.
 """
 
 import hashlib
@@ -34,15 +37,14 @@ from mixer.core.errors import ConfigError, DataError
 
 FORMAT = 1
 FORMAT_KEY = b"mixer.shard"
-WORD_BYTES = 8
-MAGIC_HEAD = b"ARROW1\0\0"
-MAGIC_TAIL = b"ARROW1"
+MAGIC = b"ARROW1"
+END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 FIXED_COLUMNS = ("length", "starts", "first_document", "check", "tokens")
 METADATA_TYPES: Mapping[str, pa.DataType] = MappingProxyType(
     {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
 )
 READ_ERRORS = (OSError, pa.ArrowException, ValueError, EOFError)
-TAIL_BYTES = 4 + len(MAGIC_TAIL)  # the footer's length, then the magic
+TAIL_BYTES = 4 + len(MAGIC)  # the footer's length, then the magic
 SHOWN_ROWS = 8  # how many rows an error names
 DAMAGED = "It was damaged or replaced: restore it, or prepare the domain again"
 TEMPORARY_SUFFIX = ".tmp"  # what a killed writer leaves behind ends so; never listed in a manifest
@@ -116,7 +118,10 @@ class ShardInfo:
     path: str
     rows: int
     bytes: int
-    sha256: str
+    sha256: str  # of the whole file
+    head_sha256: (
+        str  # of all that lies before the tokens: compared once per opened shard, before any row is used
+    )
     tokens_offset: int
 
 
@@ -205,12 +210,14 @@ def write(filesystem: pafs.FileSystem, root: str, path: str, rows: Rows) -> Shar
     _write_batch(counter, batch)
     content = pa.allocate_buffer(counter.size())
     _write_batch(pa.FixedSizeBufferWriter(content), batch)
+    tokens_offset = _tokens_offset(content)
     info = ShardInfo(
         path=path,
         rows=len(rows),
         bytes=content.size,
         sha256=hashlib.sha256(content).hexdigest(),
-        tokens_offset=_tokens_offset(content),
+        head_sha256=hashlib.sha256(content[:tokens_offset]).hexdigest(),
+        tokens_offset=tokens_offset,
     )
     put(filesystem, root, path, content)
     return info
@@ -280,6 +287,9 @@ class Shard:
         self._where = f"{root}/{info.path}"
         self._buffer: pa.Buffer | None = None
         self._file: pa.NativeFile | None = None
+        self._kept: dict[
+            int, Any
+        ] = {}  # parts of a remote file that need not be fetched twice, by first byte
         local = local_path(filesystem, self._where)
         try:
             if local is not None:
@@ -323,17 +333,12 @@ class Shard:
             )
         if self._file is None:
             return self.tokens[start:stop]
-        num_bytes = (stop - start) * self.layout.row_bytes
+        first_byte = self.info.tokens_offset + start * self.layout.row_bytes
         try:
-            content = self._file.read_at(num_bytes, self.info.tokens_offset + start * self.layout.row_bytes)
+            content = self._bytes_at(first_byte, (stop - start) * self.layout.row_bytes)
         except READ_ERRORS as error:
-            raise self._error(
-                f"rows {start}..{stop} cannot be read: {_first_line(error)}", "See that it can be read"
-            ) from error
-        if len(content) != num_bytes:
-            raise self._error(
-                f"gave {len(content)} of the {num_bytes} bytes of rows {start}..{stop}", "Restore it"
-            )
+            found = f"rows {start}..{stop} cannot be read: {_first_line(error)}"
+            raise self._error(found, "See that it can be read") from error
         return np.frombuffer(content, self.layout.token_type).reshape(stop - start, self.layout.row_tokens)
 
     def take(self, row_n: NDArray[np.integer], out: np.ndarray | None = None) -> np.ndarray:
@@ -365,6 +370,10 @@ class Shard:
 
     @cached_property
     def _small(self) -> pa.RecordBatch:
+        head = self._bytes_at(0, self.info.tokens_offset)
+        if hashlib.sha256(head).hexdigest() != self.info.head_sha256:
+            raise self._error("has other columns beside its tokens than the manifest promised", DAMAGED)
+        self._kept[0] = head
         return self.columns([name for name in self.layout.schema.names if name != "tokens"])
 
     @cached_property
@@ -398,7 +407,9 @@ class Shard:
             )
 
     def _source(self) -> Any:
-        return pa.BufferReader(self._buffer) if self._file is None else self._file
+        if self._file is None:
+            return pa.BufferReader(self._buffer)
+        return pa.PythonFile(_Kept(self._file, self.info.bytes, self._kept), mode="r")
 
     def _numbers(self, name: str) -> Any:
         column = self._small.column(name)
@@ -415,30 +426,29 @@ class Shard:
 
     def _require_layout(self) -> None:
         info = self.info
+        end = info.tokens_offset + info.rows * self.layout.row_bytes
         try:
-            head = bytes(self._bytes_at(0, len(MAGIC_HEAD)))
-            tail = bytes(self._bytes_at(info.bytes - TAIL_BYTES, TAIL_BYTES))
-            if head != MAGIC_HEAD or not tail.endswith(MAGIC_TAIL):
-                raise self._error(f"begins with {head!r} and ends with {tail!r}: not an Arrow file", DAMAGED)
+            # All behind the tokens is a few hundred bytes, so a remote shard is known after one small read.
+            tail = bytes(self._bytes_at(end, info.bytes - end)) if 0 < end < info.bytes else b""
+            self._kept[end] = tail
+            head = bytes(self._bytes_at(0, len(MAGIC))) if self._file is None else MAGIC
+            if head != MAGIC or tail[-len(MAGIC) :] != MAGIC:
+                raise self._error(
+                    f"begins with {head!r} and ends with {tail[-6:]!r}: not an Arrow file", DAMAGED
+                )
             reader = pa.ipc.open_file(self._source())
             self._require_schema(reader.schema)
-            num_batches = reader.num_record_batches
-            if self._buffer is not None:
-                num_rows = reader.get_batch(0).num_rows if num_batches == 1 else -1
-                offset = _tokens_offset(self._buffer) if num_batches == 1 else -1
-            else:  # tokens end where the footer begins, so their bytes are known without fetching any
-                num_bytes = info.bytes - TAIL_BYTES - int.from_bytes(tail[:4], "little") - WORD_BYTES
-                num_rows, rest = divmod(num_bytes - info.tokens_offset, self.layout.row_bytes)
-                offset = info.tokens_offset + rest
         except READ_ERRORS as error:
             raise self._error(f"is not a readable Arrow file: {_first_line(error)}", DAMAGED) from error
-        if num_batches != 1 or num_rows != info.rows:
+        footer_bytes = int.from_bytes(tail[-TAIL_BYTES : -len(MAGIC)], "little")
+        if reader.num_record_batches != 1 or len(tail) != len(END_MARK) + footer_bytes + TAIL_BYTES:
+            rows = (
+                info.bytes - TAIL_BYTES - footer_bytes - len(END_MARK) - info.tokens_offset
+            ) / self.layout.row_bytes
             raise self._error(
-                f"has {num_rows} rows in {num_batches} batches; the manifest says {info.rows} in one", DAMAGED
-            )
-        if offset != info.tokens_offset:
-            raise self._error(
-                f"has its tokens at byte {offset}; the manifest says {info.tokens_offset}", DAMAGED
+                f"has {rows:g} rows in {reader.num_record_batches} batches from byte {info.tokens_offset}; "
+                f"the manifest says {info.rows} in one",
+                DAMAGED,
             )
 
     def _require_schema(self, found: pa.Schema) -> None:
@@ -456,13 +466,53 @@ class Shard:
             )
 
     def _bytes_at(self, offset: int, num_bytes: int) -> Any:
-        if self._file is None:
-            return memoryview(self._buffer)[offset : offset + num_bytes]  # pyright: ignore[reportArgumentType]
-        return self._file.read_at(num_bytes, offset)
+        if self._buffer is not None:
+            return self._buffer.slice(offset, num_bytes)
+        assert self._file is not None
+        content = self._file.read_at(num_bytes, offset)
+        if len(content) != num_bytes:
+            raise self._error(f"gave {len(content)} of {num_bytes} bytes from byte {offset} on", DAMAGED)
+        return content
 
     def _error(self, found: str, what_to_do: str) -> DataError:
         of = f" of domain {self.domain!r}" if self.domain else ""
         return DataError(f"shard {self._where}{of} {found}. {what_to_do}.")
+
+
+class _Kept:
+    """A remote file as Arrow reads it, with the parts already fetched at hand. Python's file protocol."""
+
+    closed = False
+
+    def __init__(self, file: pa.NativeFile, size: int, kept: Mapping[int, Any]) -> None:
+        self._file = file
+        self._size = size
+        self._kept = kept
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._place = offset + (0, self._place, self._size)[whence]
+        return self._place
+
+    def read(self, num_bytes: int) -> bytes:
+        start, stop = self._place, min(self._place + num_bytes, self._size)
+        self._place = stop
+        for first, part in self._kept.items():
+            if first <= start and stop <= first + len(part):
+                return bytes(memoryview(part)[start - first : stop - first])
+        return self._file.read_at(stop - start, start)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def _refuse_unwritable(path: str, rows: Rows) -> None:
