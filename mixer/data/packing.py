@@ -48,9 +48,11 @@ def cut_shards(rows_g: Ints, shard_rows: int) -> list[list[RowSpan]]:
     return shards
 
 
-def pieces_between(tokens_p: Ints, start: int, stop: int) -> tuple[int, int]:
-    """Which of the pieces laid end to end hold tokens start..stop-1: first, and one past the last."""
-    end_p = np.cumsum(tokens_p)
+def pieces_between(end_p: Ints, start: int, stop: int) -> tuple[int, int]:
+    """Which of the pieces laid end to end hold tokens start..stop-1: first, and one past the last.
+
+    `end_p` is the running sum of the pieces' tokens; a piece has at least one.
+    """
     return int(np.searchsorted(end_p, start, side="right")), int(np.searchsorted(end_p, stop, side="left")) + 1
 
 

@@ -29,6 +29,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mixer.core.errors import ConfigError, DataError
+from mixer.data.corpus import Storage
 
 FORMATS = ("auto", "parquet", "jsonl", "text")
 SPLITS = ("file", "lines", "blank")
@@ -39,14 +40,6 @@ PARQUET_BATCH_ROWS = 512
 FOOTER_THREADS = 16
 BOM = b"\xef\xbb\xbf"
 READ_ERRORS = (OSError, pa.ArrowException, EOFError)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StorageOptions:
-    """How s3:// addresses are reached; credentials come from the environment, as every S3 client reads them."""
-
-    endpoint: str | None = None  # e.g. http://127.0.0.1:9000 for a server of your own
-    region: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +96,17 @@ class MetadataOptions:
 class SourceFile:
     """One input file as it was when the work was planned."""
 
+    scheme: str  # of its file system; none: this machine's
     path: str  # within its file system
     shown: str  # as the config's pattern names it
     size: int
     mtime_ns: int
     format: str
     compression: str | None
+
+    def filesystem(self, storage: Storage) -> pafs.FileSystem:
+        # The bucket alone: a path may hold marks that mean something else in an address.
+        return storage.locate(f"{self.scheme}://{self.path.split('/')[0]}" if self.scheme else self.path)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,43 +130,37 @@ class Document:
 # --- which files -----------------------------------------------------------------------------
 
 
-def open_location(location: str, storage: StorageOptions) -> tuple[pafs.FileSystem, str]:
-    """The file system of a path or URI, and the path within it."""
-    scheme, mark, rest = location.partition("://")
-    if not mark:
-        return pafs.LocalFileSystem(), os.path.abspath(location)
-    try:
-        if scheme == "s3" and (storage.endpoint or storage.region):
-            options = {"endpoint_override": storage.endpoint, "region": storage.region}
-            # Explicit names keep the credentials' own lookup order (environment, files, instance).
-            return pafs.S3FileSystem(**{k: v for k, v in options.items() if v}), rest.strip("/")
-        return pafs.FileSystem.from_uri(location)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ConfigError(f"{location} cannot be opened: {error}. Use a path or an s3:// or gs:// address.") from error
-
-
-def find_files(options: SourceOptions, storage: StorageOptions, where: str) -> list[SourceFile]:
-    """All files of a domain, sorted by path."""
+def find_files(options: SourceOptions, storage: Storage, where: str) -> list[SourceFile]:
+    """All files of a domain, sorted by name."""
     if not options.files:
         raise ConfigError(f"{where} names no files. Set its `files`.")
     found: list[SourceFile] = []
     for pattern in options.files:
-        filesystem, path = open_location(pattern, storage)
+        scheme, mark, _ = pattern.partition("://")
+        scheme = scheme if mark and scheme != "file" else ""
+        filesystem, path = _locate_pattern(pattern, storage)
         try:
-            infos = [i for i in _expand(filesystem, path) if i.type == pafs.FileType.File]
+            infos = [info for info in _expand(filesystem, path) if info.type == pafs.FileType.File]
         except READ_ERRORS as error:
-            raise DataError(f"{where}: {pattern} cannot be listed: {error}.") from error
+            raise DataError(f"{where}: {pattern} cannot be listed: {_first_line(error)}. See that it can be read.") from error
         if not infos:
             raise DataError(f"{where}: no file matches {pattern}. Correct the pattern, or make the files.")
-        root = pattern[: len(pattern) - len(path)] if pattern.endswith(path) else ""
-        relative = "://" not in pattern and not os.path.isabs(pattern)
+        relative = not mark and not os.path.isabs(pattern)
         for info in infos:
-            shown = os.path.relpath(info.path) if relative else root + info.path
-            if "://" in pattern and not root:
-                shown = pattern.partition("://")[0] + "://" + info.path
+            shown = f"{scheme}://{info.path}" if scheme else os.path.relpath(info.path) if relative else info.path
             kind, compression = _kind_of(info.path, options.format, where)
-            found.append(SourceFile(info.path, shown, info.size, info.mtime_ns or 0, kind, compression))
+            found.append(SourceFile(scheme, info.path, shown, info.size, info.mtime_ns or 0, kind, compression))
     return sorted(found, key=lambda file: file.shown)
+
+
+def _locate_pattern(pattern: str, storage: Storage) -> tuple[pafs.FileSystem, str]:
+    """As `Storage.locate`, for a text whose marks (*, ?, [) are not part of an address."""
+    parts = pattern.split("/")
+    fixed = next((place for place, part in enumerate(parts) if _is_pattern(part)), len(parts))
+    if "://" not in pattern or fixed == len(parts):
+        return storage.locate(pattern)
+    filesystem, root = storage.locate("/".join(parts[:fixed]))
+    return filesystem, "/".join([root, *parts[fixed:]])
 
 
 def refuse_doubles(files: Mapping[str, Sequence[SourceFile]]) -> None:
@@ -176,7 +168,7 @@ def refuse_doubles(files: Mapping[str, Sequence[SourceFile]]) -> None:
     owner: dict[str, str] = {}
     for where, of_domain in files.items():
         for file in of_domain:
-            identity = os.path.realpath(file.path) if os.path.isabs(file.path) else file.path
+            identity = f"{file.scheme}://{file.path}" if file.scheme else os.path.realpath(file.path)
             if identity in owner:
                 other = owner[identity]
                 text = f"twice in {where}" if other == where else f"in {other} and in {where}"
@@ -245,7 +237,7 @@ def _list(filesystem: pafs.FileSystem, folder: str, *, recursive: bool = False) 
 
 
 def check_parquet(
-    filesystem: pafs.FileSystem,
+    storage: Storage,
     files: Sequence[SourceFile],
     options: SourceOptions,
     metadata: Mapping[str, MetadataOptions],
@@ -253,7 +245,7 @@ def check_parquet(
 ) -> list[pq.FileMetaData]:
     """Read every footer and compare its schema with what the config names; refuse before any work."""
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        footers = list(pool.map(lambda file: _footer(filesystem, file, where), files))
+        footers = list(pool.map(lambda file: _footer(file.filesystem(storage), file, where), files))
     for file, footer in zip(files, footers, strict=True):
         schema = footer.schema.to_arrow_schema()
         wrong = [] if _is_text(schema, options.text) else [options.text]
@@ -357,14 +349,14 @@ class Reading:
 
     def __init__(
         self,
-        filesystem: pafs.FileSystem,
+        storage: Storage,
         options: SourceOptions,
         metadata: Mapping[str, MetadataOptions],
         where: str,
     ) -> None:
         self.skipped: Counter[str] = Counter()
         self.num_records = 0  # of the slice read last; line numbers of a range count from its start
-        self._filesystem = filesystem
+        self._storage = storage
         self._options = options
         self._metadata = metadata
         self._where = where
@@ -382,7 +374,7 @@ class Reading:
             ) from error
 
     def _refuse_changed(self, file: SourceFile) -> None:
-        info = self._filesystem.get_file_info(file.path)
+        info = file.filesystem(self._storage).get_file_info(file.path)
         if info.type != pafs.FileType.File:
             raise DataError(f"{self._where}: {file.shown} is gone since the work began. Restore it and run again.")
         if (info.size, info.mtime_ns or 0) != (file.size, file.mtime_ns):
@@ -429,7 +421,7 @@ class Reading:
         return value
 
     def _parquet(self, file: SourceFile, part: Slice) -> Iterator[Document]:
-        with self._filesystem.open_input_file(file.path) as stream:
+        with file.filesystem(self._storage).open_input_file(file.path) as stream:
             reader = pq.ParquetFile(stream)
             present = [key for key in self._metadata if key in reader.schema_arrow.names]
             columns = [self._options.text, *present]
@@ -498,9 +490,10 @@ class Reading:
                 yield Document(number, text, self._values({}, at))  # type: ignore[arg-type]
 
     def _open(self, file: SourceFile, start: int) -> pa.NativeFile:
+        filesystem = file.filesystem(self._storage)
         if file.compression is not None:
-            return self._filesystem.open_input_stream(file.path, compression=file.compression)
-        stream = self._filesystem.open_input_file(file.path)
+            return filesystem.open_input_stream(file.path, compression=file.compression)
+        stream = filesystem.open_input_file(file.path)
         stream.seek(start)
         return stream
 

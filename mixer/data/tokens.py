@@ -1,9 +1,9 @@
 """Tokenizers: text -> token ids. Bytes, any Hugging Face tokenizer.json, or a BPE trained here.
 
-Three rules for all of them. A document's ids never contain the EOS unless its text was given none
-(the packing appends it); special tokens spelled out in a text are text, not special; and the
-tokenizer adds nothing (no BOS, no template). A tokenizer's identity is a hash of what defines it,
-so rows made by two tokenizers are never mixed by mistake.
+Three rules for all of them. Each document ends with the EOS, which occurs nowhere else; special
+tokens spelled out in a text are text, not special; and the tokenizer adds nothing of its own (no
+BOS, no template). A tokenizer's identity is a hash of what defines it, so rows made by two
+tokenizers are never mixed by mistake.
 
 A long document is encoded in pieces of at most `PIECE_CHARS` characters, cut after a line where
 there is one: memory stays bounded, and no character is lost. At such a cut a BPE may choose other
@@ -68,6 +68,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     eos: int
     identity: str
+    definition: str | None  # the tokenizer.json that a corpus keeps; its sha256 is the identity
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """All ids, and how many each text has (EOS included)."""
@@ -82,6 +83,7 @@ class ByteTokenizer:
     kind = "byte"
     vocab_size = 257
     eos = 256
+    definition = None
     identity = hashlib.sha256(b"mixer byte tokenizer 1: utf-8, eos 256").hexdigest()
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
@@ -119,10 +121,10 @@ class FileTokenizer:
         self.eos_name = _find_eos(vocabulary, eos, where)
         self.eos = vocabulary[self.eos_name]
         self.vocab_size = max(vocabulary.values()) + 1
-        definition.pop("truncation", None)
-        definition.pop("padding", None)
-        canonical = json.dumps(definition, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        self.identity = hashlib.sha256(f"{self.eos}\n{canonical}".encode()).hexdigest()
+        # Neither is obeyed here, so neither defines what the tokens are.
+        definition |= {"truncation": None, "padding": None}
+        self.definition: str | None = json.dumps(definition, sort_keys=True, ensure_ascii=False, indent=1) + "\n"
+        self.identity = hashlib.sha256(self.definition.encode()).hexdigest()
         self._dtype = np.dtype(dtype_for(self.vocab_size))
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
