@@ -25,7 +25,7 @@ FAKE_MAX_ROWS = 1 << 12  # tokens hold the domain's number above these bits and 
 
 
 def fake_token(domain: int, row: int) -> int:
-    """The value of every text token of a row: domain (its place by name) and row, to be told from the tokens."""
+    """The value of every text token of a row: its domain (place among all names) and its row, in one."""
     return domain * FAKE_MAX_ROWS + row
 
 
@@ -42,7 +42,8 @@ def make_corpus(
     """Write a real corpus of `num_rows[domain]` rows each, and open it.
 
     Token 0 .. length-1 of row r of domain d is `fake_token(d, r)` except at the ends of documents, where
-    it is EOS; then padding. `metadata[key][domain]` lists a value per row. At most 4,096 rows and 255 domains.
+    it is EOS (never token 0); then padding. `metadata[key][domain]` lists a value per row. At most 4,096 rows
+    and 255 domains.
     """
     filesystem = filesystem or pafs.LocalFileSystem()
     root = str(path)
@@ -134,6 +135,9 @@ def _pack(
             tokens[row, place : place + taken] = fake_token(number, row)
             place += taken
             left -= taken
+            if left == 1:  # so that no row begins with an EOS
+                left += 1
+                document_tokens[-1] += 1
             if left == 0:
                 tokens[row, place - 1] = FAKE_EOS
         length[row] = place

@@ -117,8 +117,12 @@ class Catalog:
         lines += [f"domain {name!r} was added" for name in after if name not in before]
         for name in before.keys() & after.keys():
             if before[name].num_rows != after[name].num_rows:
-                lines.append(f"domain {name!r} had {before[name].num_rows} rows and has {after[name].num_rows}")
+                lines.append(
+                    f"domain {name!r} had {before[name].num_rows} rows and has {after[name].num_rows}"
+                )
             elif before[name].content != after[name].content:
-                lines.append(f"domain {name!r} has other rows (content {before[name].content[:12]} "
-                             f"became {after[name].content[:12]})")
+                lines.append(
+                    f"domain {name!r} has other rows (content {before[name].content[:12]} "
+                    f"became {after[name].content[:12]})"
+                )
         return sorted(lines)

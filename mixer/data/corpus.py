@@ -11,10 +11,8 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -22,59 +20,17 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from mixer.core.catalog import Catalog, Domain
-from mixer.core.errors import ConfigError, DataError
+from mixer.core.errors import DataError
 from mixer.data import documents, shards
 from mixer.data.manifest import MANIFEST, DomainInfo, Manifest, parse_manifest
-from mixer.data.shards import READ_ERRORS, Shard, ShardInfo, local_path
+from mixer.data.shards import Shard, ShardInfo
+from mixer.data.storage import READ_ERRORS, Storage, local_path
 
 MAX_OPEN_SHARDS = 16_384  # each is a memory map, of which Linux grants a process 65,530
 OPEN_THREADS = 16
 SHARD, START, STOP = 0, 1, 2  # the columns of spans_s3
 
 Check = Literal["shards", "sizes", "none"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Storage:
-    """How an object store is reached. Holds no secret: credentials come from the store's own chain."""
-
-    endpoint: str | None = None  # of an S3-compatible store, as http://10.0.0.7:9000
-    region: str | None = None
-    anonymous: bool = False
-
-    def locate(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        """The file system of a path or URI, and the path in it."""
-        if "://" not in uri:
-            return pafs.LocalFileSystem(), os.path.abspath(uri)
-        parts = urlsplit(uri)
-        if parts.password or (parts.username and parts.scheme in ("s3", "gs", "gcs")):
-            raise ConfigError(
-                f"the {parts.scheme} URI of bucket {parts.hostname!r} holds credentials, which would end up in logs. "
-                "Leave them out: the store's usual environment variables, profiles and roles are used."
-            )
-        root = f"{parts.netloc}{parts.path}".rstrip("/")
-        try:
-            if parts.scheme == "s3" and (self.endpoint or self.region or self.anonymous):
-                endpoint = urlsplit(self.endpoint or "")
-                return pafs.S3FileSystem(
-                    endpoint_override=endpoint.netloc or self.endpoint,
-                    scheme=endpoint.scheme if endpoint.netloc else "https",
-                    region=self.region,
-                    anonymous=self.anonymous,
-                ), root
-            if parts.scheme in ("gs", "gcs") and (self.endpoint or self.anonymous):
-                endpoint = urlsplit(self.endpoint or "")
-                return pafs.GcsFileSystem(
-                    endpoint_override=endpoint.netloc or self.endpoint,
-                    scheme=endpoint.scheme if endpoint.netloc else "https",
-                    anonymous=self.anonymous,
-                ), root
-            filesystem, root = pafs.FileSystem.from_uri(uri)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ConfigError(
-                f"{uri} cannot be reached: {error}. Give a local path or an s3://, gs:// or file:// URI."
-            ) from error
-        return filesystem, root.rstrip("/")
 
 
 class Document(NamedTuple):
@@ -163,8 +119,8 @@ class Corpus:
         empty = [name for name, domain in self.manifest.domains.items() if domain.rows == 0]
         if empty and not self.drop_empty:
             raise DataError(
-                f"domain {', '.join(map(repr, empty))} of {self.root} has no rows; every domain needs at least one. "
-                "Give it text and prepare again, or open the corpus with drop_empty."
+                f"domain {', '.join(map(repr, empty))} of {self.root} has no rows; every domain needs "
+                "at least one. Give it text and prepare again, or drop it when the corpus is opened."
             )
         return CatalogRows(self, {name: spans_s3 for name, spans_s3 in spans.items() if name not in empty})
 
@@ -184,18 +140,17 @@ class Corpus:
         """The shard of that number, opened once and kept open."""
         shard = self._open.get(number)
         if shard is None:
-            shard = shards.open(
-                self.filesystem,
-                self.root,
-                self.shards[number],
-                self.manifest.layout,
-                domain=self.shard_domains[number],
-            )
+            shard = self.open_shard(number)
             with self._lock:
                 while len(self._open) >= MAX_OPEN_SHARDS:
                     self._open.pop(next(iter(self._open)))
                 self._open[number] = shard
         return shard
+
+    def open_shard(self, number: int) -> Shard:
+        """The shard of that number, for the caller alone: it is closed when the caller drops it."""
+        info, domain = self.shards[number], self.shard_domains[number]
+        return shards.open(self.filesystem, self.root, info, self.manifest.layout, domain=domain)
 
     def documents(self, domain: str) -> pa.Table:
         """The documents of a source domain, by number; read once and kept."""
@@ -244,7 +199,7 @@ class Corpus:
 
 
 class CatalogRows:
-    """A catalog over a corpus, and where its rows lie: `spans` by domain name, each (n, 3) shard, start, stop."""
+    """A catalog over a corpus, and where its rows lie: by domain, spans (n, 3) of shard, start, stop."""
 
     def __init__(self, corpus: Corpus, spans: Mapping[str, NDArray[np.int64]]) -> None:
         self.corpus = corpus
@@ -291,7 +246,8 @@ class CatalogRows:
                 )
             name, num_rows = self.catalog.names[domain], int(self.catalog.num_rows_d[domain])
             raise DataError(
-                f"row {row} of domain {name!r}, which has {num_rows}. Use the catalog that the rows belong to."
+                f"row {row} of domain {name!r}, which has {num_rows}. Use the catalog that the rows "
+                "belong to."
             )
         place_n = self._base_d[domain_n] + row_n
         span_n = np.searchsorted(self._begin_s, place_n, side="right") - 1
@@ -317,8 +273,8 @@ class CatalogRows:
         sources = self.corpus.manifest.domains[source_domain].sources
         if not 0 <= document < table.num_rows:
             raise DataError(
-                f"row {row} of domain {domain!r} holds document {document}; {source_domain!r} lists {table.num_rows}. "
-                "Run `mixer corpus verify`."
+                f"row {row} of domain {domain!r} holds document {document}; {source_domain!r} lists "
+                f"{table.num_rows}. Run `mixer corpus verify`."
             )
         file = table.column("file")[document].as_py()
         source = sources[file] if 0 <= file < len(sources) else f"(source {file}, not listed)"
@@ -333,7 +289,8 @@ def read_manifest(filesystem: pafs.FileSystem, root: str) -> Manifest:
         value = json.loads(text, object_pairs_hook=_refuse_double_keys)
     except FileNotFoundError as error:
         raise DataError(
-            f"{where} is missing: this is no corpus, or its preparation was not finished. Run `mixer prepare`."
+            f"{where} is missing: this is no corpus, or its preparation was not finished. Run "
+            "`mixer prepare`."
         ) from error
     except (ValueError, RecursionError, *READ_ERRORS) as error:
         raise DataError(
@@ -395,8 +352,8 @@ def _require_disjoint(rows: CatalogRows) -> None:
         ]
         shard, row = after[double[0], SHARD], after[double[0], START]
         raise DataError(
-            f"row {row} of shard {rows.shards[int(shard)].path} is in domain {names[0]!r} and again in {names[1]!r}. "
-            "A row belongs to one domain of a catalog: take it out of the other."
+            f"row {row} of shard {rows.shards[int(shard)].path} is in domain {names[0]!r} and again in "
+            f"{names[1]!r}. A row belongs to one domain of a catalog: take it out of the other."
         )
 
 

@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 
 from mixer.core.errors import DataError
 from mixer.data.manifest import FileInfo
-from mixer.data.shards import READ_ERRORS, local_path, put
+from mixer.data.storage import READ_ERRORS, local_path, put
 
 SCHEMA = pa.schema(
     [("file", pa.int32()), ("record", pa.int64()), ("tokens", pa.int64())],
@@ -59,8 +59,8 @@ def read(filesystem: pafs.FileSystem, root: str, info: FileInfo) -> pa.Table:
             reader = pa.ipc.open_file(source)
             if not reader.schema.equals(SCHEMA, check_metadata=True):
                 raise DataError(
-                    f"documents file {where} has the schema [{_flat(reader.schema)}]; needed [{_flat(SCHEMA)}]. "
-                    "It was damaged or replaced: restore it, or prepare the domain again."
+                    f"documents file {where} has the schema [{_flat(reader.schema)}]; needed "
+                    f"[{_flat(SCHEMA)}]. It was damaged or replaced: restore it, or prepare the domain again."
                 )
             return reader.read_all()
     except READ_ERRORS as error:

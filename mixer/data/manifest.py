@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import pyarrow.fs as pafs
 
 from mixer.core.errors import DataError, MixerError
-from mixer.data.shards import Layout, ShardInfo, dtype_for, put
+from mixer.data.shards import Layout, ShardInfo, dtype_for
+from mixer.data.storage import put
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -34,7 +35,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerInfo:
-    """Which tokenizer made the tokens. For "hf", `identity` is the sha256 of the corpus's tokenizer.json."""
+    """Which tokenizer made the tokens. For "hf" see `tokenizer_identity`."""
 
     kind: str
     identity: str
@@ -130,6 +131,15 @@ def manifest_fingerprint(manifest: Manifest) -> str:
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(f"corpus {FORMAT}\n{text}".encode()).hexdigest()
+
+
+def tokenizer_identity(text: str, eos: int) -> str:
+    """The identity of a tokenizer.json: what it defines and the EOS chosen, not how the file is laid out."""
+    definition: dict[str, Any] = json.loads(text)
+    definition.pop("truncation", None)
+    definition.pop("padding", None)
+    canonical = json.dumps(definition, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(f"{eos}\n{canonical}".encode()).hexdigest()
 
 
 def slug(domain: str) -> str:
@@ -317,7 +327,8 @@ def _refuse_doubles(domains: Mapping[str, DomainInfo]) -> None:
             if owner != name:
                 raise DataError(
                     f"manifest: {shard.path} of domain {name!r} has the content of {path} of domain "
-                    f"{owner!r} (sha256 {shard.sha256[:16]}...). Rows belong to one domain: leave one of the two out."
+                    f"{owner!r} (sha256 {shard.sha256[:16]}...). Rows belong to one domain: leave "
+                    "one of the two out."
                 )
 
 

@@ -19,12 +19,9 @@ of the whole file, which `mixer corpus verify` compares.
 """
 
 import hashlib
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -34,6 +31,7 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from mixer.core.errors import ConfigError, DataError
+from mixer.data.storage import READ_ERRORS, KeptFile, local_path, put
 
 FORMAT = 1
 FORMAT_KEY = b"mixer.shard"
@@ -43,11 +41,9 @@ FIXED_COLUMNS = ("length", "starts", "first_document", "check", "tokens")
 METADATA_TYPES: Mapping[str, pa.DataType] = MappingProxyType(
     {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
 )
-READ_ERRORS = (OSError, pa.ArrowException, ValueError, EOFError)
 TAIL_BYTES = 4 + len(MAGIC)  # the footer's length, then the magic
 SHOWN_ROWS = 8  # how many rows an error names
 DAMAGED = "It was damaged or replaced: restore it, or prepare the domain again"
-TEMPORARY_SUFFIX = ".tmp"  # what a killed writer leaves behind ends so; never listed in a manifest
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -175,7 +171,7 @@ def faulty_row(rows: Rows) -> tuple[int, str] | None:
         ),
     ]
     found = [(int(bad[0]), why) for bad, why in rules if len(bad)]
-    return min(found) if found else None
+    return min(found, key=lambda fault: fault[0]) if found else None
 
 
 def flat_starts(starts: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -221,43 +217,6 @@ def write(filesystem: pafs.FileSystem, root: str, path: str, rows: Rows) -> Shar
     )
     put(filesystem, root, path, content)
     return info
-
-
-def put(filesystem: pafs.FileSystem, root: str, path: str, content: Any) -> None:
-    """Store a file's content under root/path, whole or not at all; replaces what was there."""
-    local = local_path(filesystem, f"{root}/{path}")
-    try:
-        if local is None:
-            with filesystem.open_output_stream(f"{root}/{path}", compression=None) as stream:
-                stream.write(content)
-            return
-        local.parent.mkdir(parents=True, exist_ok=True)
-        temporary = local.with_name(f".{local.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
-        try:
-            with temporary.open("xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(local)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(local.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {root}/{path}: {error}. It needs a writable place with {len(content)} bytes free; "
-            "nothing half-written was left."
-        ) from error
-
-
-def local_path(filesystem: pafs.FileSystem, path: str) -> Path | None:
-    """The path on this machine's disk, or None for an object store."""
-    if isinstance(filesystem, pafs.SubTreeFileSystem):
-        return local_path(filesystem.base_fs, f"{filesystem.base_path.rstrip('/')}/{path.lstrip('/')}")
-    return Path(path) if isinstance(filesystem, pafs.LocalFileSystem) else None
 
 
 def open(
@@ -409,7 +368,7 @@ class Shard:
     def _source(self) -> Any:
         if self._file is None:
             return pa.BufferReader(self._buffer)
-        return pa.PythonFile(_Kept(self._file, self.info.bytes, self._kept), mode="r")
+        return pa.PythonFile(KeptFile(self._file, self.info.bytes, self._kept), mode="r")
 
     def _numbers(self, name: str) -> Any:
         column = self._small.column(name)
@@ -477,42 +436,6 @@ class Shard:
     def _error(self, found: str, what_to_do: str) -> DataError:
         of = f" of domain {self.domain!r}" if self.domain else ""
         return DataError(f"shard {self._where}{of} {found}. {what_to_do}.")
-
-
-class _Kept:
-    """A remote file as Arrow reads it, with the parts already fetched at hand. Python's file protocol."""
-
-    closed = False
-
-    def __init__(self, file: pa.NativeFile, size: int, kept: Mapping[int, Any]) -> None:
-        self._file = file
-        self._size = size
-        self._kept = kept
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._place = offset + (0, self._place, self._size)[whence]
-        return self._place
-
-    def read(self, num_bytes: int) -> bytes:
-        start, stop = self._place, min(self._place + num_bytes, self._size)
-        self._place = stop
-        for first, part in self._kept.items():
-            if first <= start and stop <= first + len(part):
-                return bytes(memoryview(part)[start - first : stop - first])
-        return self._file.read_at(stop - start, start)
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def _refuse_unwritable(path: str, rows: Rows) -> None:
