@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mixer.data import shards
-from mixer.data.corpus import Storage
 from mixer.data.documents import SCHEMA as DOCUMENTS_SCHEMA
 from mixer.data.manifest import FileInfo
 from mixer.data.packing import RowDocuments, place_documents, reduce_over_rows
-from mixer.data.shards import Layout, Rows, ShardInfo, put
+from mixer.data.shards import Layout, Rows, ShardInfo
 from mixer.data.staging import Group, Piece, Sink, StagedFiles, key_of, size_and_sha256
+from mixer.data.storage import Storage, put
 
 DOCUMENTS_BATCH = 1 << 16
 
@@ -55,8 +55,18 @@ class ShardJob:
 
     @property
     def key(self) -> str:
-        return key_of([self.path, self.eos, self.group_keys, self.reductions, asdict(self)["spans"],
-                       self.layout.row_tokens, self.layout.dtype, dict(self.layout.metadata)])
+        return key_of(
+            [
+                self.path,
+                self.eos,
+                self.group_keys,
+                self.reductions,
+                asdict(self)["spans"],
+                self.layout.row_tokens,
+                self.layout.dtype,
+                dict(self.layout.metadata),
+            ]
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,14 +139,13 @@ def assemble(job: ShardJob, staged: StagedFiles) -> Rows:
             itertools.repeat(span.group[place], count) for span, count in zip(job.spans, rows_s, strict=True)
         )
         metadata[key] = pa.array(per_row, shards.METADATA_TYPES[job.layout.metadata[key]])
-    offset = np.cumsum([0, *(len(one.starts) for one in placed)])
+    before = np.cumsum([0, *(len(one.starts) for one in placed)])
+    offset = [one.offset[:-1] + start for one, start in zip(placed, before[:-1], strict=True)]
     return Rows(
         tokens=tokens,
         length=np.concatenate([one.length for one in placed]),
         starts=pa.ListArray.from_arrays(
-            pa.array(np.append(
-                np.concatenate([one.offset[:-1] + at for one, at in zip(placed, offset, strict=False)]), offset[-1]
-            ).astype(np.int32)),
+            pa.array(np.append(np.concatenate(offset), before[-1]).astype(np.int32)),
             pa.array(np.concatenate([one.starts for one in placed])),
         ),
         first_document=np.concatenate([one.first_document for one in placed]),
@@ -148,10 +157,12 @@ def write_documents(job: DocumentsJob) -> FileInfo:
     """Write a domain's documents file, some ten thousand documents at a time."""
     filesystem, root = job.storage.locate(job.root)
     staged = StagedFiles(*job.storage.locate(job.staging), job.dtype)
-    with Sink(filesystem, f"{root}/{job.path}") as sink:
-        with pa.ipc.new_file(pa.PythonFile(sink.as_stream(), mode="w"), DOCUMENTS_SCHEMA) as writer:
-            for batch in _in_batches(_document_columns(job, staged)):
-                writer.write_batch(batch)
+    with (
+        Sink(filesystem, f"{root}/{job.path}") as sink,
+        pa.ipc.new_file(pa.PythonFile(sink.as_stream(), mode="w"), DOCUMENTS_SCHEMA) as writer,
+    ):
+        for batch in _in_batches(_document_columns(job, staged)):
+            writer.write_batch(batch)
     return FileInfo(path=job.path, bytes=sink.size, sha256=sink.sha256)
 
 

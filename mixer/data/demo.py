@@ -23,9 +23,12 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
+
+import pyarrow.fs as pafs
 
 from mixer.core.errors import DataError
-from mixer.data.shards import put
+from mixer.data.storage import put
 
 VERSION = 1
 STAMP = "demo.json"
@@ -33,11 +36,53 @@ DOMAIN_BYTES = 600_000
 TARGET_BYTES = 60_000
 MIN_CHARS, MAX_CHARS = 80, 6_000
 HELD_OUT = 8  # one of so many modules, topics and problems is for the targets
-PACKAGES = ("", "asyncio", "collections", "concurrent/futures", "email", "html", "http", "importlib", "json",
-            "logging", "multiprocessing", "unittest", "urllib", "wsgiref", "xml/dom", "xml/etree", "xml/sax")
+PACKAGES = (
+    "",
+    "asyncio",
+    "collections",
+    "concurrent/futures",
+    "email",
+    "html",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "multiprocessing",
+    "unittest",
+    "urllib",
+    "wsgiref",
+    "xml/dom",
+    "xml/etree",
+    "xml/sax",
+)
 NAMES = ("Ada", "Ben", "Chen", "Dana", "Emil", "Fatima", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena")
-THINGS = ("apples", "books", "coins", "eggs", "keys", "lamps", "marbles", "nails", "pens", "ropes", "stamps", "tiles")
-CITIES = ("Accra", "Bergen", "Cusco", "Dakar", "Essen", "Fukuoka", "Graz", "Hobart", "Izmir", "Jaipur", "Kyiv")
+THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "eggs",
+    "keys",
+    "lamps",
+    "marbles",
+    "nails",
+    "pens",
+    "ropes",
+    "stamps",
+    "tiles",
+)
+CITIES = (
+    "Accra",
+    "Bergen",
+    "Cusco",
+    "Dakar",
+    "Essen",
+    "Fukuoka",
+    "Graz",
+    "Hobart",
+    "Izmir",
+    "Jaipur",
+    "Kyiv",
+)
 
 
 def make(folder: str) -> None:
@@ -90,8 +135,6 @@ def _is_made(root: Path, version: dict[str, object]) -> bool:
 
 
 def _write(path: Path, content: str) -> None:
-    import pyarrow.fs as pafs
-
     put(pafs.LocalFileSystem(), os.fspath(path.parent.absolute()), path.name, content.encode())
 
 
@@ -146,7 +189,7 @@ def _code(held_out: bool) -> Iterator[str]:
 
 
 def _docstrings(_: bool) -> Iterator[str]:
-    for name, _, tree in _modules():
+    for name, _source, tree in _modules():
         if not _gives_docstrings(name):
             continue
         for node in ast.walk(tree):
@@ -157,8 +200,6 @@ def _docstrings(_: bool) -> Iterator[str]:
 
 
 def _documentation(held_out: bool) -> Iterator[str]:
-    from pydoc_data.topics import topics
-
     for name in sorted(topics, key=lambda one: hashlib.sha256(one.encode()).digest()):
         if _is_held_out(name) != held_out:
             continue
@@ -185,18 +226,31 @@ def _arithmetic(held_out: bool) -> Iterator[str]:
         thing = draw.choice(THINGS)
         kind = draw.randrange(4)
         if kind == 0:
-            yield (f"Question: {who} has {a} {thing}. {other} gives {who} {b} more. How many {thing} does {who} have?\n"
-                   f"Answer: {a} + {b} = {a + b}. {who} has {a + b} {thing}.")
+            yield (
+                f"Question: {who} has {a} {thing}. {other} gives {who} {b} more. "
+                f"How many {thing} does {who} have?\n"
+                f"Answer: {a} + {b} = {a + b}. {who} has {a + b} {thing}."
+            )
         elif kind == 1:
             big, small = max(a, b), min(a, b)
-            yield (f"Question: {who} has {big} {thing} and sells {small} of them. How many {thing} are left?\n"
-                   f"Answer: {big} - {small} = {big - small}. There are {big - small} {thing} left.")
+            yield (
+                f"Question: {who} has {big} {thing} and sells {small} of them. "
+                f"How many {thing} are left?\n"
+                f"Answer: {big} - {small} = {big - small}. There are {big - small} {thing} left."
+            )
         elif kind == 2:
-            yield (f"Question: {other} packs {c} boxes with {a} {thing} each. How many {thing} are in the boxes?\n"
-                   f"Answer: {c} * {a} = {c * a}. There are {c * a} {thing} in the boxes.")
+            yield (
+                f"Question: {other} packs {c} boxes with {a} {thing} each. "
+                f"How many {thing} are in the boxes?\n"
+                f"Answer: {c} * {a} = {c * a}. There are {c * a} {thing} in the boxes."
+            )
         else:
-            yield (f"Question: {who} buys {c} bags of {a} {thing} and loses {b % a} of them. How many {thing} remain?\n"
-                   f"Answer: {c} * {a} = {c * a}, and {c * a} - {b % a} = {c * a - b % a}. {c * a - b % a} {thing} remain.")
+            yield (
+                f"Question: {who} buys {c} bags of {a} {thing} and loses {b % a} of them. "
+                f"How many {thing} remain?\n"
+                f"Answer: {c} * {a} = {c * a}, and {c * a} - {b % a} = {c * a - b % a}. "
+                f"{c * a - b % a} {thing} remain."
+            )
 
 
 def _tables() -> Iterator[str]:

@@ -38,7 +38,7 @@ from mixer.core.errors import ConfigError, DataError, ResumeError
 from mixer.data import demo, sampling
 from mixer.data import tokens as tokenizers
 from mixer.data.assembly import DocumentsJob, ShardJob, Span, UnitPiece, write_documents, write_shard
-from mixer.data.corpus import Storage, read_manifest
+from mixer.data.corpus import read_manifest
 from mixer.data.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -52,7 +52,7 @@ from mixer.data.manifest import (
     write_manifest,
 )
 from mixer.data.packing import cut_shards, num_rows_of, pieces_between
-from mixer.data.shards import Layout, ShardInfo, dtype_for, local_path, put
+from mixer.data.shards import Layout, ShardInfo, dtype_for
 from mixer.data.sources import (
     MetadataOptions,
     SourceFile,
@@ -63,6 +63,7 @@ from mixer.data.sources import (
     refuse_doubles,
 )
 from mixer.data.staging import TRAIN, VALIDATION, Context, Group, Part, Staged, Unit, key_of, stage_unit
+from mixer.data.storage import Storage, local_path, put
 from mixer.data.tasks import Runner
 from mixer.data.tokens import Tokenizer, TokenizerOptions
 
@@ -97,7 +98,9 @@ class PrepareOptions:
         if not self.domains:
             raise ConfigError("prepare.domains is empty; needed at least one domain with its files. Add one.")
         if not 0 <= self.validation_share < 1:
-            raise ConfigError(f"prepare.validation_share={self.validation_share}; needed 0 up to, not with, 1.")
+            raise ConfigError(
+                f"prepare.validation_share={self.validation_share}; needed 0 up to, not with, 1."
+            )
         for name, value in (("unit_mb", self.unit_mb), ("shard_mb", self.shard_mb)):
             if not value > 0:
                 raise ConfigError(f"prepare.{name}={value}; it must be above 0. Raise it.")
@@ -222,7 +225,11 @@ class _Preparation:
     ) -> Source:
         parquet = [number for number, file in enumerate(files) if file.format == "parquet"]
         checked = check_parquet(
-            self.options.storage, [files[number] for number in parquet], of_domain, self.options.metadata, where
+            self.options.storage,
+            [files[number] for number in parquet],
+            of_domain,
+            self.options.metadata,
+            where,
         )
         footers = dict(zip(parquet, checked, strict=True))
         share = self.options.validation_share if corpus == "train" else 0.0
@@ -261,14 +268,22 @@ class _Preparation:
             return tokenizers.from_text(self._read_text(chosen.path), chosen.eos, chosen.path)
         training = [source for source in sources if source.corpus == "train"]
         self.tokenizer_key = key_of(
-            [VERSION, chosen.vocab_size, chosen.sample_mb, [[unit.key for unit in one.units] for one in training]]
+            [
+                VERSION,
+                chosen.vocab_size,
+                chosen.sample_mb,
+                [[unit.key for unit in one.units] for one in training],
+            ]
         )
         name = f"tokenizer-{self.tokenizer_key}.json"
         filesystem, staging = self.options.storage.locate(self.staging)
         text: str | None = None
         if receipt.get("tokenizer") == self.tokenizer_key and previous["train"] is not None:
             text = self._read_if_there(self.filesystem, f"{self.root}/train/{TOKENIZER}")
-            if text is not None and hashlib.sha256(text.encode()).hexdigest() != previous["train"].tokenizer.identity:
+            if (
+                text is not None
+                and hashlib.sha256(text.encode()).hexdigest() != previous["train"].tokenizer.identity
+            ):
                 text = None
         if text is None:
             text = self._read_if_there(filesystem, f"{staging}/{name}")
@@ -281,7 +296,9 @@ class _Preparation:
         jobs: list[sampling.SampleJob] = []
         context = self._context(None, None)
         for source in training:
-            jobs += sampling.sample_jobs(source.units, int(self.options.tokenizer.sample_mb * 1e6 / len(training)), context)
+            jobs += sampling.sample_jobs(
+                source.units, int(self.options.tokenizer.sample_mb * 1e6 / len(training)), context
+            )
         for done, _ in enumerate(self.runner.run(sampling.take_sample, jobs)):
             self.on_progress(Progress("sample for the tokenizer", done + 1, len(jobs), 0))
         self.on_progress(Progress("train the tokenizer", 0, 1, 0))
@@ -379,7 +396,9 @@ class _Preparation:
             "layout": layout,
             "eos": tokenizer.eos,
             "group_keys": tuple(key for key, one in self.options.metadata.items() if one.group),
-            "reductions": tuple((key, one.reduce) for key, one in self.options.metadata.items() if not one.group),
+            "reductions": tuple(
+                (key, one.reduce) for key, one in self.options.metadata.items() if not one.group
+            ),
         }
         return [
             ShardJob(**common, path=shard_path(draft.source.name, number), spans=spans)
@@ -517,7 +536,12 @@ class _Preparation:
         )
 
     def _write_receipt(self, receipt: Mapping[str, Any]) -> None:
-        put(self.filesystem, self.root, RECEIPT, (json.dumps(receipt, indent=1, sort_keys=True) + "\n").encode())
+        put(
+            self.filesystem,
+            self.root,
+            RECEIPT,
+            (json.dumps(receipt, indent=1, sort_keys=True) + "\n").encode(),
+        )
 
     def _receipt(self) -> dict[str, Any]:
         text = self._read_if_there(self.filesystem, f"{self.root}/{RECEIPT}")
@@ -525,7 +549,9 @@ class _Preparation:
             value = json.loads(text or "{}")
         except ValueError:
             value = {}
-        is_known = isinstance(value, dict) and value.get("format") == 1 and isinstance(value.get("domains"), dict)
+        is_known = (
+            isinstance(value, dict) and value.get("format") == 1 and isinstance(value.get("domains"), dict)
+        )
         return value if is_known else {"format": 1, "domains": {}}
 
     def _read_text(self, location: str) -> str:

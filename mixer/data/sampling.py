@@ -9,10 +9,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mixer.data.corpus import Storage
-from mixer.data.shards import put
 from mixer.data.sources import Reading
 from mixer.data.staging import Context, Unit, is_validation, key_of
+from mixer.data.storage import Storage, put
 from mixer.data.tokens import pieces_of, train_bpe
 
 MIN_UNIT_BYTES = 256 << 10  # fewer units give more each, rather than all of them next to nothing

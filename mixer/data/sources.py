@@ -22,22 +22,29 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mixer.core.errors import ConfigError, DataError
-from mixer.data.corpus import Storage
+from mixer.data.storage import Storage
 
 FORMATS = ("auto", "parquet", "jsonl", "text")
 SPLITS = ("file", "lines", "blank")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-EXTENSIONS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
+EXTENSIONS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+}
 READ_BYTES = 4 << 20
 PARQUET_BATCH_ROWS = 512
 FOOTER_THREADS = 16
+UNDECODABLE = "surrogateescape"  # gives a text that `is_utf8` refuses
 BOM = b"\xef\xbb\xbf"
 READ_ERRORS = (OSError, pa.ArrowException, EOFError)
 
@@ -142,14 +149,20 @@ def find_files(options: SourceOptions, storage: Storage, where: str) -> list[Sou
         try:
             infos = [info for info in _expand(filesystem, path) if info.type == pafs.FileType.File]
         except READ_ERRORS as error:
-            raise DataError(f"{where}: {pattern} cannot be listed: {_first_line(error)}. See that it can be read.") from error
+            raise DataError(
+                f"{where}: {pattern} cannot be listed: {_first_line(error)}. See that it can be read."
+            ) from error
         if not infos:
             raise DataError(f"{where}: no file matches {pattern}. Correct the pattern, or make the files.")
         relative = not mark and not os.path.isabs(pattern)
         for info in infos:
-            shown = f"{scheme}://{info.path}" if scheme else os.path.relpath(info.path) if relative else info.path
+            shown = (
+                f"{scheme}://{info.path}" if scheme else os.path.relpath(info.path) if relative else info.path
+            )
             kind, compression = _kind_of(info.path, options.format, where)
-            found.append(SourceFile(scheme, info.path, shown, info.size, info.mtime_ns or 0, kind, compression))
+            found.append(
+                SourceFile(scheme, info.path, shown, info.size, info.mtime_ns or 0, kind, compression)
+            )
     return sorted(found, key=lambda file: file.shown)
 
 
@@ -172,7 +185,9 @@ def refuse_doubles(files: Mapping[str, Sequence[SourceFile]]) -> None:
             if identity in owner:
                 other = owner[identity]
                 text = f"twice in {where}" if other == where else f"in {other} and in {where}"
-                raise DataError(f"{file.shown} is {text}. A file belongs to one domain, once: change the patterns.")
+                raise DataError(
+                    f"{file.shown} is {text}. A file belongs to one domain, once: change the patterns."
+                )
             owner[identity] = where
 
 
@@ -298,7 +313,10 @@ def _fits(schema: pa.Schema, name: str, kind: str) -> bool:
 
 
 def cut_units(
-    files: Sequence[SourceFile], options: SourceOptions, unit_bytes: int, footers: Mapping[int, pq.FileMetaData]
+    files: Sequence[SourceFile],
+    options: SourceOptions,
+    unit_bytes: int,
+    footers: Mapping[int, pq.FileMetaData],
 ) -> list[tuple[Slice, ...]]:
     """The files in order, cut where they may be cut, and put together while they are small."""
     units: list[tuple[Slice, ...]] = []
@@ -376,15 +394,19 @@ class Reading:
     def _refuse_changed(self, file: SourceFile) -> None:
         info = file.filesystem(self._storage).get_file_info(file.path)
         if info.type != pafs.FileType.File:
-            raise DataError(f"{self._where}: {file.shown} is gone since the work began. Restore it and run again.")
+            raise DataError(
+                f"{self._where}: {file.shown} is gone since the work began. Restore it and run again."
+            )
         if (info.size, info.mtime_ns or 0) != (file.size, file.mtime_ns):
             raise DataError(f"{self._where}: {file.shown} was changed since the work began. Run again.")
 
-    def _usable(self, text: Any, at: str) -> bool:
+    def _usable(self, text: Any, at: str) -> TypeGuard[str]:
         if text is None:
             self.skipped["null"] += 1
         elif not isinstance(text, str):
-            self._bad_record("wrong_type", f"{at}: {self._options.text!r} is {type(text).__name__}, not a string")
+            self._bad_record(
+                "wrong_type", f"{at}: {self._options.text!r} is {type(text).__name__}, not a string"
+            )
         elif not text:
             self.skipped["empty"] += 1
         elif text.isspace():
@@ -397,7 +419,9 @@ class Reading:
 
     def _bad_record(self, reason: str, found: str) -> None:
         if self._options.bad_records == "refuse":
-            raise DataError(f"{self._where}: {found}. Mend the file, or set `bad_records: skip` for this domain.")
+            raise DataError(
+                f"{self._where}: {found}. Mend the file, or set `bad_records: skip` for this domain."
+            )
         self.skipped[reason] += 1
 
     def _values(self, fields: Mapping[str, Any], at: str) -> tuple[Any, ...]:
@@ -445,7 +469,8 @@ class Reading:
         try:
             texts = column.to_pylist()
         except UnicodeDecodeError:
-            texts = [_decode(one) for one in _plain_array(column).cast(pa.large_binary()).to_pylist()]
+            raw = _plain_array(column).cast(pa.large_binary()).to_pylist()
+            texts = [None if one is None else one.decode(errors=UNDECODABLE) for one in raw]
         fields = {key: batch.column(key).to_pylist() for key in self._metadata if key in batch.schema.names}
         for place, text in enumerate(texts):
             at = f"{file.shown}, row {record + place}"
@@ -484,10 +509,10 @@ class Reading:
             blocks = _blocks(self._lines(file, part))
         for number, block in enumerate(blocks):
             self.num_records = number + 1
-            text = _decode(block)
+            text = block.decode(errors=UNDECODABLE)
             at = f"{file.shown}, {self._options.split} {number}"
             if self._usable(text, at):
-                yield Document(number, text, self._values({}, at))  # type: ignore[arg-type]
+                yield Document(number, text, self._values({}, at))
 
     def _open(self, file: SourceFile, start: int) -> pa.NativeFile:
         filesystem = file.filesystem(self._storage)
@@ -548,11 +573,6 @@ def _blocks(lines: Iterator[bytes]) -> Iterator[bytes]:
             block = []
     if block:
         yield b"\n".join(block)
-
-
-def _decode(content: bytes | None) -> str | None:
-    """The text, or for content that is not UTF-8 one that `is_utf8` refuses; None stays None."""
-    return None if content is None else content.decode(errors="surrogateescape")
 
 
 def is_utf8(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""The first half of preparation: one unit of raw text -> its tokens on disk, with what is needed to pack them.
+"""The first half of preparation: a unit of raw text -> its tokens on disk, and what packing needs.
 
 A unit's staging is three files named by the unit's key, a hash of all that its content depends on:
 
@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 
 from mixer.core.errors import DataError
 from mixer.data import tokens as tokenizers
-from mixer.data.corpus import Storage
 from mixer.data.packing import order_by_group
-from mixer.data.shards import TEMPORARY_SUFFIX, dtype_for, local_path, put
+from mixer.data.shards import dtype_for
 from mixer.data.sources import MetadataOptions, Reading, Slice, SourceFile, SourceOptions
+from mixer.data.storage import TEMPORARY_SUFFIX, Storage, local_path, put
 
 SECTION_TOKENS = 1 << 23
 ENCODE_CHARS = 1 << 20  # documents are given to the tokenizer this much at a time
@@ -110,9 +110,7 @@ class Staged:
     @classmethod
     def from_json(cls, text: str) -> "Staged":
         value = json.loads(text)
-        pieces = tuple(
-            Piece(**{**piece, "group": tuple(piece["group"])}) for piece in value["pieces"]
-        )
+        pieces = tuple(Piece(**{**piece, "group": tuple(piece["group"])}) for piece in value["pieces"])
         files = {suffix: (size, sha256) for suffix, (size, sha256) in value["files"].items()}
         return cls(
             key=value["key"],
@@ -137,7 +135,9 @@ def is_validation(text: str, share: float, seed: int) -> bool:
     """Decided by the text alone, so that equal documents fall on the same side."""
     if share <= 0:
         return False
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
+    digest = hashlib.blake2b(
+        text.encode(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)
+    ).digest()
     return int.from_bytes(digest, "little") < share * 2.0**64
 
 
@@ -347,12 +347,22 @@ class _Writer:
         first_document = 0
         for (side, group), num_tokens, num_documents in zip(names, tokens_g, documents_g, strict=True):
             self.pieces.append(
-                Piece(side, group, self._num_sections, self._num_written, num_tokens, first_document, num_documents)
+                Piece(
+                    side,
+                    group,
+                    self._num_sections,
+                    self._num_written,
+                    num_tokens,
+                    first_document,
+                    num_documents,
+                )
             )
             self._num_written += num_tokens
             first_document += num_documents
         self._ids.write(ids.astype(self._dtype.newbyteorder("<"), copy=False))
-        self._arrow.write_batch(pa.record_batch([pa.array(column) for column in columns], schema=self._schema))
+        self._arrow.write_batch(
+            pa.record_batch([pa.array(column) for column in columns], schema=self._schema)
+        )
         self._num_sections += 1
         self._clear()
 
@@ -409,4 +419,3 @@ class StagedFiles:
             except OSError as error:
                 raise DataError(f"{path} is gone since it was written ({error}). Run again.") from error
         return self._open[name]
-

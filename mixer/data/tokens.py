@@ -17,16 +17,15 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mixer.core.errors import ConfigError
 from mixer.data.shards import dtype_for
-
-if TYPE_CHECKING:
-    import tokenizers
 
 KINDS = ("byte", "file", "train")
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]")
@@ -64,11 +63,19 @@ class TokenizerOptions:
 class Tokenizer(Protocol):
     """Encodes texts. `encode` gives the ids of all texts end to end, each followed by the EOS."""
 
-    kind: str
-    vocab_size: int
-    eos: int
-    identity: str
-    definition: str | None  # the tokenizer.json that a corpus keeps; its sha256 is the identity
+    @property
+    def kind(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos(self) -> int: ...
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def definition(self) -> str | None:
+        """The tokenizer.json that a corpus keeps; its sha256 is the identity. None for bytes."""
+        ...
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """All ids, and how many each text has (EOS included)."""
@@ -90,7 +97,9 @@ class ByteTokenizer:
         encoded = [text.encode() for text in texts]
         length = np.fromiter((len(one) + 1 for one in encoded), np.int64, len(encoded))
         # The EOS does not fit a byte: leave a hole behind each text and fill it afterwards.
-        ids = np.frombuffer(b"".join(itertools.chain.from_iterable((one, b"\0") for one in encoded)), np.uint8)
+        ids = np.frombuffer(
+            b"".join(itertools.chain.from_iterable((one, b"\0") for one in encoded)), np.uint8
+        )
         ids = ids.astype(np.uint16)
         ids[np.cumsum(length) - 1] = self.eos
         return ids, length
@@ -107,12 +116,10 @@ class FileTokenizer:
     def __init__(self, text: str, eos: str | None, where: str) -> None:
         # One thread: the pipeline already runs one task a core.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        import tokenizers
-
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             definition: dict[str, Any] = json.loads(text)
-        except Exception as error:  # noqa: BLE001 (the library raises plain Exception)
+        except Exception as error:  # the library raises no narrower one
             raise ConfigError(f"tokenizer {where} cannot be read: {error}. Give a tokenizer.json.") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -123,7 +130,9 @@ class FileTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         # Neither is obeyed here, so neither defines what the tokens are.
         definition |= {"truncation": None, "padding": None}
-        self.definition: str | None = json.dumps(definition, sort_keys=True, ensure_ascii=False, indent=1) + "\n"
+        self.definition: str | None = (
+            json.dumps(definition, sort_keys=True, ensure_ascii=False, indent=1) + "\n"
+        )
         self.identity = hashlib.sha256(self.definition.encode()).hexdigest()
         self._dtype = np.dtype(dtype_for(self.vocab_size))
 
@@ -132,7 +141,9 @@ class FileTokenizer:
         parts: list[list[int]] = []
         end = [self.eos]
         for batch in _batches(texts):
-            encodings = self._tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
+            encodings = self._tokenizer.encode_batch_fast(
+                [text for _, text, _ in batch], add_special_tokens=False
+            )
             for (number, _, is_last), encoding in zip(batch, encodings, strict=True):
                 ids = encoding.ids
                 length[number] += len(ids)
@@ -183,7 +194,9 @@ def pieces_of(text: str, piece_chars: int = PIECE_CHARS) -> list[str]:
 def _find_eos(vocabulary: dict[str, int], eos: str | None, where: str) -> str:
     if eos is not None:
         if eos not in vocabulary:
-            raise ConfigError(f"tokenizer {where} has no token {eos!r}. Set tokenizer.eos to one that it has.")
+            raise ConfigError(
+                f"tokenizer {where} has no token {eos!r}. Set tokenizer.eos to one that it has."
+            )
         return eos
     for name in EOS_NAMES:
         if name in vocabulary:
@@ -205,9 +218,6 @@ def from_text(text: str | None, eos: str | None = None, where: str = "tokenizer.
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     """A byte-level BPE learnt from the texts, as the text of a tokenizer.json. Same texts, same answer."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
