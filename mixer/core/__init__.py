@@ -1,1 +1,1 @@
-"""The pure core: mixtures, schedules, plans and policies. Imports numpy, scipy and the standard library only."""
+"""The pure core: mixtures, schedules, plans and policies. numpy, scipy and the standard library only."""
