@@ -1,4 +1,4 @@
-"""`mixer catalog PATH --out FILE ...`: other domains over the same rows, written as a small file.
+"""Regroup or select the rows of a corpus into other domains, as a small catalog file.
 
 mixer catalog data/corpus --out by-topic.json --by topic,quality
 mixer catalog data/corpus --out best.json --score quality --top-share 0.3
@@ -10,7 +10,8 @@ import argparse
 import sys
 
 from jobs.corpus import add_storage, storage_of
-from mixer.core.errors import ConfigError, MixerError
+from mixer import cli
+from mixer.core.errors import ConfigError
 from mixer.data.catalogs import open_catalog, save_catalog
 from mixer.data.corpus import CatalogRows, Corpus
 from mixer.data.selection import Selection, select
@@ -72,8 +73,4 @@ def print_domains(rows: CatalogRows) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MixerError as error:
-        print(f"mixer: {error}", file=sys.stderr)
-        sys.exit(2)
+    raise SystemExit(cli.main(["catalog", *sys.argv[1:]]))

@@ -1,11 +1,11 @@
-"""`mixer corpus show PATH` and `mixer corpus verify PATH`: what a corpus holds, and whether it still does."""
+"""Show what a corpus holds, or verify that it still does: `mixer corpus show|verify PATH`."""
 
 import argparse
 import os
 import sys
 import time
 
-from mixer.core.errors import MixerError
+from mixer import cli
 from mixer.data.corpus import Corpus
 from mixer.data.storage import Storage
 from mixer.data.verify import verify
@@ -95,8 +95,4 @@ def print_verify(corpus: Corpus, threads: int) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MixerError as error:
-        print(f"mixer: {error}", file=sys.stderr)
-        sys.exit(2)
+    raise SystemExit(cli.main(["corpus", *sys.argv[1:]]))

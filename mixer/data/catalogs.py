@@ -30,6 +30,7 @@ from mixer.data.storage import put
 FORMAT = 1
 READABLE_SPANS = 32  # up to so many are written as JSON numbers
 SPAN_NUMBERS = 3
+MAX_SPANS = 1 << 40
 KEYS = ("format", "corpus", "made_by", "sources", "domains", "check")
 
 Spans = NDArray[np.int64]
@@ -100,7 +101,7 @@ def from_dict(corpus: Corpus, value: object) -> CatalogRows:
         for name, entry in value["domains"].items():
             written = entry["spans"]
             part = (
-                unpack(written)
+                unpack(written, int(rows_of_shard.sum()))
                 if isinstance(written, str)
                 else np.array(written, dtype=np.int64).reshape(-1, 3)
             )
@@ -138,16 +139,18 @@ def pack(spans_s3: Spans) -> str:
     return f"{kind}{len(spans_s3)}:{base64.b64encode(content).decode()}"
 
 
-def unpack(text: str) -> Spans:
+def unpack(text: str, max_spans: int = MAX_SPANS) -> Spans:
     """The spans that `pack` wrote; `DataError` for anything else."""
     try:
         head, _, body = text.partition(":")
         kind, num_spans = head[:1], int(head[1:])
+        if not 0 <= num_spans <= max_spans:
+            raise ValueError(f"{num_spans} spans where there can be {max_spans}")
         num_bytes = num_spans * SPAN_NUMBERS * 8
         content = base64.b64decode(body, validate=True)
         if kind == "z":  # never more than was announced: a small file must not fill the memory
             content = zlib.decompressobj().decompress(content, num_bytes + 1)
-        if kind not in ("z", "r") or num_spans < 0 or len(content) != num_bytes:
+        if kind not in ("z", "r") or len(content) != num_bytes:
             raise ValueError(f"{kind!r} with {len(content)} bytes for {num_spans} spans")
     except (ValueError, zlib.error) as error:
         raise DataError(

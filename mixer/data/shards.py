@@ -21,7 +21,7 @@ of the whole file, which `mixer corpus verify` compares.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -95,16 +95,20 @@ class Layout:
 
     @property
     def schema(self) -> pa.Schema:
-        token = pa.uint16() if self.dtype == "uint16" else pa.uint32()
-        fields: list[tuple[str, pa.DataType]] = [
-            ("length", pa.int32()),
-            ("starts", pa.list_(pa.int32())),
-            ("first_document", pa.int64()),
-            ("check", pa.uint64()),
-            *((key, METADATA_TYPES[kind]) for key, kind in sorted(self.metadata.items())),
-            ("tokens", pa.list_(token, self.row_tokens)),
-        ]
-        return pa.schema(fields, metadata={FORMAT_KEY: str(FORMAT).encode()})
+        return _schema(self.row_tokens, self.dtype, tuple(sorted(self.metadata.items())))
+
+
+@lru_cache(maxsize=64)
+def _schema(row_tokens: int, dtype: str, metadata: tuple[tuple[str, str], ...]) -> pa.Schema:
+    fields: list[tuple[str, pa.DataType]] = [
+        ("length", pa.int32()),
+        ("starts", pa.list_(pa.int32())),
+        ("first_document", pa.int64()),
+        ("check", pa.uint64()),
+        *((key, METADATA_TYPES[kind]) for key, kind in metadata),
+        ("tokens", pa.list_(pa.uint16() if dtype == "uint16" else pa.uint32(), row_tokens)),
+    ]
+    return pa.schema(fields, metadata={FORMAT_KEY: str(FORMAT).encode()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,10 +256,12 @@ class Shard:
         local = local_path(filesystem, self._where)
         try:
             if local is not None:
-                # Arrow keeps the mapping alive through its buffers after the file is closed.
                 with pa.memory_map(str(local)) as file:
                     self._require_size(file.size())
-                    self._buffer = file.read_buffer()
+                    # Arrow keeps the whole mapping alive through any buffer of it, also when the file is
+                    # closed; but it asks the kernel to load what is read, so one byte must do.
+                    first = file.read_buffer(1)
+                    self._buffer = pa.foreign_buffer(first.address, info.bytes, base=first)
             else:
                 self._file = file = filesystem.open_input_file(self._where)
                 self._require_size(file.size())
@@ -306,12 +312,15 @@ class Shard:
             out = np.empty((len(row_n), self.layout.row_tokens), self.layout.token_type)
         if len(row_n) == 0:
             return out
-        if self._file is None:
-            return np.take(self.tokens, row_n, axis=0, out=out)
+        if row_n.min() < 0 or row_n.max() >= self.info.rows:
+            asked = f"{row_n.min()}..{row_n.max()}"
+            raise self._error(f"has {self.info.rows} rows; asked for {asked}", "Ask for rows that exist")
+        if self._file is None:  # mode "clip" spares a second copy, and there is nothing to clip
+            return np.take(self.tokens, row_n, axis=0, out=out, mode="clip")
         wanted, place_n = np.unique(row_n, return_inverse=True)
         cuts = np.flatnonzero(np.diff(wanted) > 1) + 1
         runs = [self.read(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, cuts)]
-        return np.take(np.concatenate(runs), place_n, axis=0, out=out)
+        return np.take(np.concatenate(runs), place_n, axis=0, out=out, mode="clip")
 
     def columns(self, names: Sequence[str]) -> pa.RecordBatch:
         """Columns by name, in the order asked; fetches no others, so no tokens unless they are named."""

@@ -198,9 +198,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a list": (manifest_text("[]"), "needed a mapping"),
     "domain twice": (
-        lambda root: (
-            (root / "manifest.json").write_text('{"format": 1, "domains": {"a": {}, "a": {}}}') and None
-        ),
+        manifest_text('{"format": 1, "domains": {"a": {}, "a": {}}}'),
         "key 'a' stands there twice",
     ),
     "newer format": (

@@ -300,3 +300,13 @@ def test_remote_shards_are_refused_like_local_ones(s3) -> None:
         stream.write(bytes(info.bytes))
     with pytest.raises(DataError, match="not an Arrow file"):
         shards.open(s3.filesystem, "corpora/bad", info, rows.layout)
+
+
+@pytest.mark.parametrize("rows", [[7], [-1], [0, 8]])
+def test_rows_that_a_shard_has_not_are_refused(tmp_path: Path, rows: list[int]) -> None:
+    info, written_rows = written(tmp_path)
+    shard = shards.open(LOCAL, str(tmp_path), info, written_rows.layout, domain="web")
+    with pytest.raises(DataError, match=r"of domain 'web' has 7 rows; asked for"):
+        shard.take(np.array(rows))
+    with pytest.raises(DataError, match=r"of domain 'web' has 7 rows; asked for"):
+        shard.read(min(rows), max(rows) + 1)
