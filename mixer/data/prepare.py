@@ -22,7 +22,6 @@ old manifest goes before the first shard is touched, the new one comes last.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -49,6 +48,7 @@ from mixer.data.manifest import (
     documents_path,
     shard_path,
     slug,
+    tokenizer_identity,
     write_manifest,
 )
 from mixer.data.packing import cut_shards, num_rows_of, pieces_between
@@ -175,6 +175,8 @@ class _Preparation:
                 sources = self._sources()
                 receipt = self._receipt()
                 previous = {corpus: self._previous(corpus) for corpus in CORPORA}
+            num_files_bytes = sum(file.size for source in sources for file in source.files)
+            self.runner.expect(num_files_bytes)
             with self._stage("tokenizer"):
                 tokenizer = self._tokenizer(sources, receipt, previous)
                 self._refuse_mixing(tokenizer, previous)
@@ -280,10 +282,7 @@ class _Preparation:
         text: str | None = None
         if receipt.get("tokenizer") == self.tokenizer_key and previous["train"] is not None:
             text = self._read_if_there(self.filesystem, f"{self.root}/train/{TOKENIZER}")
-            if (
-                text is not None
-                and hashlib.sha256(text.encode()).hexdigest() != previous["train"].tokenizer.identity
-            ):
+            if text is not None and not _is_tokenizer(text, previous["train"].tokenizer):
                 text = None
         if text is None:
             text = self._read_if_there(filesystem, f"{staging}/{name}")
@@ -714,6 +713,13 @@ class _Draft:
                 passed[file] += num_records
             parts[unit.key] = tuple(of_unit)
         return parts
+
+
+def _is_tokenizer(text: str, info: TokenizerInfo) -> bool:
+    try:
+        return tokenizer_identity(text, info.eos) == info.identity
+    except ValueError:
+        return False
 
 
 def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:

@@ -53,7 +53,7 @@ READ_ERRORS = (OSError, pa.ArrowException, EOFError)
 class SourceOptions:
     """The raw files of one domain."""
 
-    files: list[str] = field(default_factory=list)  # paths or URIs; *, ?, [..] and ** are patterns
+    files: tuple[str, ...] = ()  # paths or URIs; *, ?, [..] and ** are patterns
     format: str = "auto"  # parquet, jsonl or text; auto goes by the file's name
     text: str = "text"  # the column or field that holds a document
     split: str = "file"  # of text files: one document a file, a line, or a block between blank lines

@@ -27,6 +27,10 @@ class Runner(Protocol):
 
     peak_task_bytes: int
 
+    def expect(self, num_bytes: int) -> None:
+        """Said once, before the first job: about how many bytes all jobs together will read."""
+        ...
+
     def run(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Result]]: ...
 
 
@@ -36,6 +40,9 @@ class SerialRunner:
     def __init__(self) -> None:
         self.peak_task_bytes = 0
 
+    def expect(self, num_bytes: int) -> None:
+        """Nothing follows from it here."""
+
     def run(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Result]]:
         for number, job in enumerate(jobs):
             yield number, function(job)
@@ -43,16 +50,27 @@ class SerialRunner:
 
 
 class RayRunner:
-    """As Ray Data tasks, one CPU each. Ray is started at the first job, unless it already runs."""
+    """As Ray Data tasks, one CPU each. Ray is started at the first job, unless it already runs.
+
+    Work that reads less than `small_bytes` is done in this process, unless Ray runs: starting Ray would
+    take longer than the work.
+    """
 
     def __init__(
-        self, *, address: str | None = None, num_cpus: int | None = None, memory_mb: int | None = None
-    ):
+        self,
+        *,
+        address: str | None = None,
+        num_cpus: int | None = None,
+        memory_mb: int | None = None,  # of the object store
+        small_bytes: int = 0,
+    ) -> None:
         self.peak_task_bytes = 0
         self._address = address
         self._num_cpus = num_cpus
         self._memory_mb = memory_mb
+        self._small_bytes = small_bytes
         self._started = False
+        self._here: SerialRunner | None = None
 
     def __enter__(self) -> "RayRunner":
         return self
@@ -67,9 +85,19 @@ class RayRunner:
     def run(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Result]]:
         if not jobs:
             return
+        if self._here is not None:
+            yield from self._here.run(function, jobs)
+            self.peak_task_bytes = self._here.peak_task_bytes
+            return
         self._start()
         for first in range(0, len(jobs), WAVE_JOBS):
             yield from self._run_wave(function, jobs[first : first + WAVE_JOBS], first)
+
+    def expect(self, num_bytes: int) -> None:
+        if num_bytes < self._small_bytes and not self._address:
+            import ray  # noqa: PLC0415
+
+            self._here = None if ray.is_initialized() else SerialRunner()
 
     def _start(self) -> None:
         import ray  # noqa: PLC0415

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mixer.core.errors import ConfigError
+from mixer.data.manifest import tokenizer_identity
 from mixer.data.shards import dtype_for
 
 KINDS = ("byte", "file", "train")
@@ -74,7 +75,7 @@ class Tokenizer(Protocol):
 
     @property
     def definition(self) -> str | None:
-        """The tokenizer.json that a corpus keeps; its sha256 is the identity. None for bytes."""
+        """The tokenizer.json that a corpus keeps; None for bytes."""
         ...
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -133,7 +134,7 @@ class FileTokenizer:
         self.definition: str | None = (
             json.dumps(definition, sort_keys=True, ensure_ascii=False, indent=1) + "\n"
         )
-        self.identity = hashlib.sha256(self.definition.encode()).hexdigest()
+        self.identity = tokenizer_identity(self.definition, self.eos)
         self._dtype = np.dtype(dtype_for(self.vocab_size))
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:

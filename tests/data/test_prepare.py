@@ -175,7 +175,7 @@ def test_three_corpora_of_one_tokenizer(tmp_path):
     assert summary.manifests.keys() == corpora.keys()
     assert len({corpus.manifest.tokenizer for corpus in corpora.values()}) == 1
     text = (tmp_path / "out/train/tokenizer.json").read_text()
-    assert hashlib.sha256(text.encode()).hexdigest() == corpora["train"].manifest.tokenizer.identity
+    assert [verify(corpus) for corpus in corpora.values()] == [[], [], []]
     tokenizer = from_text(text)
     sides = {}
     for name, corpus in corpora.items():

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from mixer.core.errors import ConfigError
 from mixer.data import tokens
+from mixer.data.manifest import tokenizer_identity
 from mixer.data.tokens import ByteTokenizer, TokenizerOptions, from_text, pieces_of, train_bpe
 
 TEXTS = ["the cat sat on the mat\n" * 20, "def cat(self):\n    return self.cat\n" * 20, "der Kater saß 猫 🐈\n" * 20]
@@ -76,7 +76,7 @@ def test_nothing_is_added_by_a_template(bpe):
 
 def test_identity_is_of_what_defines_the_tokens(bpe):
     tokenizer = from_text(bpe)
-    assert tokenizer.identity == hashlib.sha256(tokenizer.definition.encode()).hexdigest()
+    assert tokenizer.identity == tokenizer_identity(tokenizer.definition, 0)
     spaced = json.dumps(json.loads(bpe) | {"truncation": None}, indent=7)
     assert from_text(spaced).identity == tokenizer.identity
     assert from_text(train_bpe(TEXTS, 291)).identity != tokenizer.identity
