@@ -1,0 +1,82 @@
+"""Make corpora of raw text: tokenize, pack into rows, write shards (again: complete what a killed run left)."""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mixer.config import load
+from mixer.data.prepare import PrepareOptions, Progress, prepare
+from mixer.data.progress import ProgressText, table
+from mixer.data.tasks import RayRunner
+
+SMALL_BYTES = 32_000_000
+PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareConfig:
+    """The section of this verb; those of other verbs may stand in the same file."""
+
+    prepare: PrepareOptions
+    stream: Any = None
+
+
+class Printer:
+    """On a terminal one line that changes; else a line now and then, and one at each stage's end."""
+
+    def __init__(self) -> None:
+        self._text = ProgressText()
+        self._is_terminal = sys.stderr.isatty()
+        self._stage = ""
+        self._printed_s = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now_s = time.monotonic()
+        line = self._text.line(progress, now_s)
+        if self._is_terminal:
+            new_line = "\n" if self._stage and progress.stage != self._stage else ""
+            print(f"{new_line}\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        elif progress.done == progress.total or now_s - self._printed_s >= PLAIN_SECONDS:
+            print(line, file=sys.stderr, flush=True)
+            self._printed_s = now_s
+        self._stage = progress.stage
+
+    def close(self) -> None:
+        if self._is_terminal and self._stage:
+            print(file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="mixer prepare", description=__doc__)
+    top.add_argument("config", nargs="+", help="YAML files, then key=value overrides")
+    top.add_argument("--address", help="of a running Ray cluster; else one is started on this machine")
+    top.add_argument("--cpus", type=int, help="of the Ray started here; all if not given")
+    top.add_argument("--object-store-mb", type=int, help="of the Ray started here")
+    top.add_argument("--ray", action="store_true", help="use Ray for small inputs, too")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    files = [one for one in args.config if "=" not in one]
+    options = load(PrepareConfig, files, [one for one in args.config if "=" in one]).prepare
+    printer = Printer()
+    small_bytes = 0 if args.ray or args.cpus or args.address else SMALL_BYTES
+    with RayRunner(
+        address=args.address, num_cpus=args.cpus, memory_mb=args.object_store_mb, small_bytes=small_bytes
+    ) as runner:
+        try:
+            summary = prepare(options, runner, printer)
+        except KeyboardInterrupt:
+            printer.close()
+            print("stopped; run the same command again, and what is done will be kept", file=sys.stderr)
+            raise
+        printer.close()
+    print(table(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
