@@ -1,8 +1,7 @@
 """Golden plans: the exact rows of a few runs. `python -m tests.golden.make` writes them anew.
 
 They may change only together with `plan.VERSION`: a run that was begun before a change could not be
-continued after it. Rows are kept in full for the smallest runs and as a digest for the others,
-with the first slots beside it so that a difference can be looked at.
+continued after it. Kept are a digest over all slots of a window and, to look at, the first few.
 """
 
 import hashlib
