@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixer.core.errors import DataError
+from mixer.core.permute import key_of
 
 MAX_ROWS = 1 << 48  # so that row arithmetic stays within int64 and row numbers within a float64
 
@@ -73,6 +74,13 @@ class Catalog:
         rows = np.array([domain.num_rows for domain in self.domains], dtype=np.int64)
         rows.flags.writeable = False
         return rows
+
+    @cached_property
+    def key_d(self) -> NDArray[np.uint64]:
+        """One key a domain for its shuffles, from its name alone."""
+        keys = np.array([key_of("domain", name) for name in self.names], dtype=np.uint64)
+        keys.flags.writeable = False
+        return keys
 
     @cached_property
     def index(self) -> dict[str, int]:
