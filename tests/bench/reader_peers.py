@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
         for figure in figures(lines):
             record(command=command, **figure)
-    return int(any(line.rows_wrong or line.error for line in lines))
+    return int(any(line.is_wrong or line.error for line in lines))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tests.bench.peers import processes
 from tests.bench.peers.adapters import READERS
@@ -53,29 +54,44 @@ class Measured:
     queued_share: float  # of the window: how long a ready main thread waited for a core
     rows_checked: int
     rows_wrong: int
+    batches_repeated: int
     rows_d: list[int]
 
 
-def check(batches: Iterator[torch.Tensor], bed: Bed, count: int) -> tuple[int, int, list[int]]:
-    """Compare delivered rows with the source: (rows checked, rows that differ, rows by domain)."""
-    source = bed.raw()
-    num_rows_d = np.array(bed.num_rows)
-    rows_d = np.zeros(NUM_DOMAINS, dtype=np.int64)
-    checked = wrong = 0
-    end = time.perf_counter() + CHECK_S
-    for _ in range(count):
-        tokens = next(batches).numpy()
-        domain_n, row_n = tokens[:, 0], tokens[:, 1] + (tokens[:, 2] << 16)
-        known = (domain_n >= 0) & (domain_n < NUM_DOMAINS)
-        domain_n = np.where(known, domain_n, 0)
-        known &= row_n < num_rows_d[domain_n]
-        expected = source[np.where(known, bed.first_row_d[domain_n] + row_n, 0)]
-        wrong += int((~(known & (tokens == expected).all(axis=1))).sum())
-        checked += len(tokens)
-        rows_d += np.bincount(domain_n, minlength=NUM_DOMAINS)
-        if time.perf_counter() > end:
-            break
-    return checked, wrong, rows_d.tolist()
+@dataclass(slots=True)
+class Checked:
+    """Delivered rows compared with the source, token by token.
+
+    A batch of the same rows in the same order as an earlier one is a buffer that was overwritten before
+    it was delivered: no reader here draws the same eight rows again in so few batches.
+    """
+
+    rows: int = 0
+    wrong: int = 0
+    batches_repeated: int = 0
+    rows_d: NDArray[np.int64] = field(default_factory=lambda: np.zeros(NUM_DOMAINS, dtype=np.int64))
+
+    @classmethod
+    def take(cls, batches: Iterator[torch.Tensor], bed: Bed, count: int) -> "Checked":
+        checked = cls()
+        source = bed.raw()
+        num_rows_d = np.array(bed.num_rows)
+        seen: set[bytes] = set()
+        end = time.perf_counter() + CHECK_S
+        while count and time.perf_counter() < end:
+            tokens = next(batches).numpy()
+            domain_n, row_n = tokens[:, 0], tokens[:, 1] + (tokens[:, 2] << 16)
+            known = (domain_n >= 0) & (domain_n < NUM_DOMAINS)
+            domain_n = np.where(known, domain_n, 0)
+            known &= row_n < num_rows_d[domain_n]
+            place_n = np.where(known, bed.first_row_d[domain_n] + row_n, 0)
+            checked.wrong += int((~(known & (tokens == source[place_n]).all(axis=1))).sum())
+            checked.rows += len(tokens)
+            checked.rows_d += np.bincount(domain_n, minlength=NUM_DOMAINS)
+            checked.batches_repeated += place_n.tobytes() in seen
+            seen.add(place_n.tobytes())
+            count -= 1
+        return checked
 
 
 def meet(batches: Iterator[torch.Tensor], meeting: str, seat: Seat) -> None:
@@ -120,7 +136,7 @@ def measure(order: Order) -> Measured:
     tokens = count * first.numel()
     private_mb = max(private_mb, processes.private_mb())
     peak_rss_mb = processes.peak_rss_mb()
-    rows = check(batches, bed, order.check_batches) if reader.yields_rows else (0, 0, [])
+    checked = Checked.take(batches, bed, order.check_batches if reader.yields_rows else 0)
     return Measured(
         tokens_per_s=tokens / took,
         cpu_s_per_mtok=cpu / (tokens / 1e6),
@@ -128,9 +144,10 @@ def measure(order: Order) -> Measured:
         peak_rss_mb=peak_rss_mb,
         private_mb=private_mb,
         queued_share=queued / took,
-        rows_checked=rows[0],
-        rows_wrong=rows[1],
-        rows_d=rows[2],
+        rows_checked=checked.rows,
+        rows_wrong=checked.wrong,
+        batches_repeated=checked.batches_repeated,
+        rows_d=checked.rows_d.tolist(),
     )
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.bench.peers.adapters import LIMIT
+from tests.bench.peers.ours import WAYS
 from tests.bench.peers.runs import Run
 
-OURS = "mixer"
-NOT_PEERS = (LIMIT, "memcpy", "limit-in-loader", OURS)
+NOT_PEERS = (LIMIT, "memcpy", "limit-in-loader", *WAYS)
 LARGEST_DEVIATION = 5.0  # standard deviations of independent drawing; a share further off is marked
 
 
@@ -33,6 +33,11 @@ class Line:
     share_off_sigma: float
     rows_checked: int
     rows_wrong: int
+    batches_repeated: int
+
+    @property
+    def is_wrong(self) -> bool:
+        return bool(self.rows_wrong or self.batches_repeated)
 
 
 def summary(runs: list[Run]) -> list[Line]:
@@ -72,6 +77,7 @@ def summary(runs: list[Run]) -> list[Line]:
                 share_off_sigma=max((r.share_off_sigma for r in good), default=0.0),
                 rows_checked=sum(r.rows_checked for r in good),
                 rows_wrong=sum(r.rows_wrong for r in good),
+                batches_repeated=sum(r.batches_repeated for r in good),
             )
         )
     settings = list(dict.fromkeys((line.processes, line.workers) for line in lines))
@@ -93,13 +99,12 @@ def table(lines: list[Line]) -> str:
     for line in lines:
         if (line.processes, line.workers) != setting:
             setting = (line.processes, line.workers)
-            helper = "one worker each" if line.workers else "no worker"
-            text += ["", f"{line.processes} process{'es' if line.processes > 1 else ''}, {helper}", head]
+            text += ["", setting_name(*setting), head]
         if not line.runs:
             text.append(f"{line.reader:<16} failed: {line.error.strip().splitlines()[-1][:120]}")
             continue
         spread = f"({line.slowest:.1f}-{line.fastest:.1f})"
-        checked = f"{line.rows_wrong} WRONG" if line.rows_wrong else f"{line.rows_checked}"
+        checked = "WRONG" if line.is_wrong else f"{line.rows_checked}"
         mark = "!" if line.share_off_sigma > LARGEST_DEVIATION else ""
         text.append(
             f"{line.reader:<16} {line.runs:>4} {line.mtok_per_s:>8.1f} {spread:>15} "
@@ -111,46 +116,48 @@ def table(lines: list[Line]) -> str:
 
 
 def figures(lines: list[Line]) -> list[dict[str, Any]]:
-    """What the project claims, as arguments of `tests.bench.record.record`. Empty without our reader."""
+    """What is claimed, as arguments of `tests.bench.record.record`; empty where our reader did not run.
+
+    Against the fastest peer, shares of the limit are divided, because those are paired by repetition.
+    """
     found: list[dict[str, Any]] = []
     for mine in lines:
-        if mine.reader != OURS or not mine.runs:
+        if mine.reader not in WAYS or not mine.runs:
             continue
-        beside = [
+        others = [
             line
             for line in lines
-            if (line.processes, line.workers) == (mine.processes, mine.workers) and line.runs
+            if (line.processes, line.workers) == (mine.processes, mine.workers)
+            and line.reader not in WAYS
+            and line.runs
         ]
-        peers = {line.reader: round(line.mtok_per_s, 1) for line in beside if line.reader != OURS}
-        best = max((line.mtok_per_s for line in beside if line.reader not in NOT_PEERS), default=0.0)
-        setting = f"{mine.processes} process{'es' if mine.processes > 1 else ''}"
-        setting += ", one DataLoader worker each" if mine.workers else ""
-
+        name = f"{mine.reader} reader, {setting_name(mine.processes, mine.workers)}"
+        rates = {line.reader: round(line.mtok_per_s, 1) for line in others}
         share = mine.percent_of_limit / 100
-        found.append(
-            _figure(
-                f"share of the numpy gather limit, {setting}", share, "ratio", ">= 0.5", share >= 0.5, peers
-            )
-        )
+        found.append(_figure(f"{name}: share of the limit", share, "ratio", ">= 0.5", share >= 0.5, rates))
+        best = max((line.percent_of_limit for line in others if line.reader not in NOT_PEERS), default=0.0)
         if best:
-            ahead = mine.mtok_per_s / best
+            ahead = mine.percent_of_limit / best
             found.append(
-                _figure(
-                    f"throughput against the fastest peer, {setting}", ahead, "ratio", "> 1", ahead > 1, peers
-                )
+                _figure(f"{name}: against the fastest peer", ahead, "ratio", "> 1", ahead > 1, rates)
             )
-        cpu = {line.reader: round(line.cpu_s_per_mtok, 5) for line in beside if line.reader != OURS}
-        found.append(_figure(f"CPU time, {setting}", mine.cpu_s_per_mtok, "s per M tokens", None, None, cpu))
-        memory = {line.reader: round(line.private_mb) for line in beside if line.reader != OURS}
-        found.append(_figure(f"private memory, {setting}", mine.private_mb, "MB", None, None, memory))
+        cpu = {line.reader: round(line.cpu_s_per_mtok, 5) for line in others}
+        found.append(_figure(f"{name}: CPU time", mine.cpu_s_per_mtok, "s per M tokens", None, None, cpu))
+        memory = {line.reader: round(line.private_mb) for line in others}
+        found.append(_figure(f"{name}: private memory", mine.private_mb, "MB", None, None, memory))
     return found
+
+
+def setting_name(processes: int, workers: int) -> str:
+    helper = "one worker each" if workers else "no worker"
+    return f"{processes} process{'es' if processes > 1 else ''}, {helper}"
 
 
 def _figure(
     figure: str, value: float, unit: str, target: str | None, met: bool | None, peers: dict[str, float]
 ) -> dict[str, Any]:
     return {
-        "figure": f"reader {figure}",
+        "figure": figure,
         "value": float(f"{value:.4g}"),
         "unit": unit,
         "target": target,

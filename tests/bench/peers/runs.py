@@ -59,6 +59,7 @@ class Run:
     queued_share: float = 0.0
     rows_checked: int = 0
     rows_wrong: int = 0
+    batches_repeated: int = 0
     share_off: float = 0.0  # largest |share - weight| of a domain among the rows checked
     share_off_sigma: float = 0.0  # the same, in standard deviations of independent drawing
 
@@ -169,6 +170,7 @@ def _together(answers: list[dict[str, Any]], bed: Bed) -> dict[str, Any]:
         "queued_share": statistics.mean(answer["queued_share"] for answer in answers),
         "rows_checked": checked,
         "rows_wrong": sum(answer["rows_wrong"] for answer in answers),
+        "batches_repeated": sum(answer["batches_repeated"] for answer in answers),
         "share_off": off,
         "share_off_sigma": sigma,
     }
