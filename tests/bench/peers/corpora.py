@@ -57,6 +57,7 @@ def write_hf(bed: Bed, folder: Path) -> None:
     """Hugging Face datasets: Arrow with fixed-size lists, saved to disk."""
     import datasets
     import pyarrow as pa
+    from datasets.table import InMemoryTable
 
     datasets.disable_progress_bars()
     features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("uint16"), length=ROW_TOKENS)})
@@ -64,14 +65,12 @@ def write_hf(bed: Bed, folder: Path) -> None:
         flat = pa.array(bed.tokens_of(domain).reshape(-1))
         table = pa.table({"tokens": pa.FixedSizeListArray.from_arrays(flat, ROW_TOKENS)})
         info = datasets.DatasetInfo(features=features)
-        datasets.Dataset(datasets.table.InMemoryTable(table), info=info).save_to_disk(
-            str(folder / str(domain))
-        )
+        datasets.Dataset(InMemoryTable(table), info=info).save_to_disk(str(folder / str(domain)))
 
 
 def write_arrayrecord(bed: Bed, folder: Path) -> None:
     """ArrayRecord, grain's own format, one record a group so that rows are found one by one."""
-    from array_record.python import array_record_module
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
     for domain in range(NUM_DOMAINS):
         place = str(folder / f"{domain}.arrayrecord")

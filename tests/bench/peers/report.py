@@ -1,6 +1,7 @@
 """From runs to a table for people and figures for the record."""
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,7 +155,7 @@ def setting_name(processes: int, workers: int) -> str:
 
 
 def _figure(
-    figure: str, value: float, unit: str, target: str | None, met: bool | None, peers: dict[str, float]
+    figure: str, value: float, unit: str, target: str | None, met: bool | None, peers: Mapping[str, float]
 ) -> dict[str, Any]:
     return {
         "figure": figure,
@@ -162,5 +163,5 @@ def _figure(
         "unit": unit,
         "target": target,
         "met": met,
-        "peers": peers,
+        "peers": dict(peers),
     }
