@@ -3,24 +3,16 @@
 import argparse
 import sys
 import time
-from dataclasses import dataclass
-from typing import Any
 
 from mixer.config import load
-from mixer.data.prepare import PrepareOptions, Progress, prepare
+from mixer.core.errors import ConfigError
+from mixer.data.prepare import Progress, prepare
 from mixer.data.progress import ProgressText, table
 from mixer.data.tasks import RayRunner
+from mixer.run import RunConfig
 
 SMALL_BYTES = 32_000_000
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareConfig:
-    """The section of this verb; those of other verbs may stand in the same file."""
-
-    prepare: PrepareOptions
-    stream: Any = None
 
 
 class Printer:
@@ -61,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     files = [one for one in args.config if "=" not in one]
-    options = load(PrepareConfig, files, [one for one in args.config if "=" in one]).prepare
+    options = load(RunConfig, files, [one for one in args.config if "=" in one]).prepare
+    if options is None:
+        raise ConfigError(f"{', '.join(files)}: no section `prepare`. It says which files become which domains.")
     printer = Printer()
     small_bytes = 0 if args.ray or args.cpus or args.address else SMALL_BYTES
     with RayRunner(

@@ -16,15 +16,17 @@ from mixer.core.plan import Geometry
 from mixer.core.rails import GuardRails, Progress
 from mixer.core.schedule import MixtureSchedule
 from mixer.data.catalogs import open_catalog
-from mixer.data.corpus import CatalogRows, Corpus, Storage
+from mixer.data.corpus import CatalogRows, Corpus
+from mixer.data.prepare import PrepareOptions
 from mixer.data.reader import WindowReader
+from mixer.data.storage import Storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusOptions:
     """Which corpus, and which catalog over it."""
 
-    path: str = ""  # folder or URI; empty: the train corpus that `prepare` makes
+    path: str = ""  # folder or URI; empty: the train corpus that this config prepares
     catalog: str | None = None  # a catalog file over it; None: one domain a source
     storage: Storage = field(default_factory=Storage)
 
@@ -42,9 +44,24 @@ class StreamOptions:
             raise ConfigError(f"windows={self.windows}; it must be at least 1.")
 
 
-def open_rows(options: CorpusOptions) -> CatalogRows:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Every option of a run. Each section's options stand beside the code they configure."""
+
+    prepare: PrepareOptions | None = None
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    geometry: Geometry = field(default_factory=Geometry)
+    rails: GuardRails = field(default_factory=GuardRails)
+    stream: StreamOptions = field(default_factory=StreamOptions)
+
+
+def open_rows(config: RunConfig) -> CatalogRows:
     """The catalog of a config, and where its rows lie."""
-    corpus = Corpus.open(options.path, storage=options.storage)
+    options, made = config.corpus, config.prepare
+    path = options.path or (f"{made.output.rstrip('/')}/train" if made else "")
+    if not path:
+        raise ConfigError("corpus.path is empty, and nothing is prepared. Set corpus.path to a corpus.")
+    corpus = Corpus.open(path, storage=options.storage if options.path or not made else made.storage)
     return open_catalog(corpus, options.catalog) if options.catalog else corpus.by_source
 
 
