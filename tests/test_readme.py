@@ -1,6 +1,6 @@
 """Every command of README.md runs, and every file it names is there.
 
-A line of a ```sh block is a command; a trailing backslash continues it. Commands run in a copy of the
+A line of a ```sh block is a command; a trailing backslash continues it. A ```python block is a program. They run in a copy of the
 project's files, one after another, so that later ones find what earlier ones made. `make` targets are checked
 to exist: each is a command of its own that is run by hand and by CI. A block that cannot run here says so
 before it opens: `<!-- not run: reason -->`; one that needs minutes or Ray, `<!-- run: slow -->` or
@@ -36,9 +36,11 @@ class Block:
 def blocks_of(text: str) -> list[Block]:
     found: list[Block] = []
     for match in FENCE.finditer(text):
-        if match["language"] == "sh":
-            lines = match["body"].replace("\\\n", " ").splitlines()
-            commands = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        lines = match["body"].replace("\\\n", " ").splitlines()
+        commands = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+        if match["language"] == "python":
+            commands = (f"python - <<'END'\n{match['body']}END",)
+        if match["language"] in ("sh", "python"):
             found.append(Block(text[: match.start("body")].count("\n") + 1, commands, match["note"] or ""))
     return found
 
@@ -116,10 +118,11 @@ def test_every_file_that_the_readme_names_is_there():
 
 def test_the_commands_of_a_block_are_found_with_its_note():
     first = "```sh\n# why\nmake test\nmixer x \\\n  y=1\n```\n"
-    text = f"a\n\n{first}```\nno\n```\n<!-- not run: a cluster -->\n```sh\nray\n```\n"
+    text = f"a\n\n{first}```\nno\n```\n<!-- not run: a cluster -->\n```sh\nray\n```\n```python\nx\n```\n"
     assert blocks_of(text) == [
         Block(4, ("make test", "mixer x    y=1"), ""),
         Block(14, ("ray",), "not run: a cluster"),
+        Block(17, ("python - <<'END'\nx\nEND",), ""),
     ]
 
 
