@@ -259,7 +259,7 @@ def test_an_empty_domain_is_refused_and_says_why(tmp_path):
     assert not (tmp_path / "out/train/manifest.json").exists()
     (tmp_path / "none.txt").write_text("")
     none = SourceOptions(files=(str(tmp_path / "none.txt"),), split="lines")
-    with pytest.raises(DataError, match="empty domain: 'none' of targets .* they hold no record"):
+    with pytest.raises(DataError, match=r"empty domain: 'none' of targets .* they hold no record"):
         prepare(options_for(tmp_path, {"good": good}, targets={"none": none}), SerialRunner())
 
 
