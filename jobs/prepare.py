@@ -1,4 +1,7 @@
-"""Make corpora of raw text: tokenize, pack into rows, write shards (again: complete what a killed run left)."""
+"""Make corpora of raw text: tokenize, pack into rows, write shards.
+
+Run again after a kill, it completes what is missing; run again after a change, it redoes what that touches.
+"""
 
 import argparse
 import sys

@@ -19,7 +19,8 @@ class ProgressText:
             self._stage, self._since_s, self._before = progress.stage, now_s, progress.done
         seconds = now_s - self._since_s
         filled = BAR_CHARS * progress.done // max(1, progress.total)
-        text = f"{progress.stage:<12} [{'#' * filled}{'.' * (BAR_CHARS - filled)}] {progress.done}/{progress.total}"
+        bar = "#" * filled + "." * (BAR_CHARS - filled)
+        text = f"{progress.stage:<12} [{bar}] {progress.done}/{progress.total}"
         if progress.tokens:
             text += f"  {quantity(progress.tokens)} tokens"
             if seconds > 0:
@@ -32,7 +33,7 @@ class ProgressText:
 
 def table(summary: Summary) -> str:
     """One line a domain, and what it took."""
-    rows = [list(COLUMNS)]
+    rows: list[list[str]] = [list(COLUMNS)]
     for corpus, manifest in summary.manifests.items():
         for name, entry in manifest.domains.items():
             skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(entry.skipped.items()))
@@ -48,9 +49,13 @@ def table(summary: Summary) -> str:
         for row in rows
     ]
     total_s = sum(summary.seconds.values())
-    took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.seconds.items() if seconds >= 0.05)
+    took = ", ".join(
+        f"{stage} {seconds:.1f} s" for stage, seconds in summary.seconds.items() if seconds >= 0.05
+    )
     lines.append("")
-    lines.append(f"{total_s:.1f} s ({took}); at most {summary.peak_task_bytes / 1e6:,.0f} MB in a task's process")
+    lines.append(
+        f"{total_s:.1f} s ({took}); at most {summary.peak_task_bytes / 1e6:,.0f} MB in a task's process"
+    )
     if summary.reused:
         lines.append(f"kept from an earlier run: {', '.join(summary.reused)}")
     return "\n".join(lines)

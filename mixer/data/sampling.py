@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mixer.data.sources import Reading
+from mixer.data.reading import Reading
 from mixer.data.staging import Context, Unit, is_validation, key_of
 from mixer.data.storage import Storage, put
 from mixer.data.tokens import pieces_of, train_bpe

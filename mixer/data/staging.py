@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from mixer.core.errors import DataError
 from mixer.data import tokens as tokenizers
 from mixer.data.packing import order_by_group
+from mixer.data.reading import Reading
 from mixer.data.shards import dtype_for
-from mixer.data.sources import MetadataOptions, Reading, Slice, SourceFile, SourceOptions
+from mixer.data.sources import MetadataOptions, Slice, SourceFile, SourceOptions
 from mixer.data.storage import TEMPORARY_SUFFIX, Storage, local_path, put
 
 SECTION_TOKENS = 1 << 23

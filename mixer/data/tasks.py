@@ -89,7 +89,7 @@ class RayRunner:
             yield from self._here.run(function, jobs)
             self.peak_task_bytes = self._here.peak_task_bytes
             return
-        self._start()
+        self.start()
         for first in range(0, len(jobs), WAVE_JOBS):
             yield from self._run_wave(function, jobs[first : first + WAVE_JOBS], first)
 
@@ -99,7 +99,7 @@ class RayRunner:
 
             self._here = None if ray.is_initialized() else SerialRunner()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         import ray  # noqa: PLC0415
 
         if ray.is_initialized():

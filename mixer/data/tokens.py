@@ -50,12 +50,14 @@ class TokenizerOptions:
             raise ConfigError(f"tokenizer.kind={self.kind!r}; needed one of {', '.join(KINDS)}. Choose one.")
         if (self.kind == "file") != (self.path is not None):
             raise ConfigError(
-                f"tokenizer.kind={self.kind} with path={self.path!r}; a path goes with kind=file, and only with it."
+                f"tokenizer.kind={self.kind} with path={self.path!r}; a path goes with "
+                "kind=file, and only with it."
             )
         smallest = 256 + 1  # the bytes, and the EOS
         if self.kind == "train" and self.vocab_size < smallest:
             raise ConfigError(
-                f"tokenizer.vocab_size={self.vocab_size}; a byte-level BPE needs at least {smallest}. Raise it."
+                f"tokenizer.vocab_size={self.vocab_size}; a byte-level BPE needs at least {smallest}. "
+                "Raise it."
             )
         if self.kind == "train" and not self.sample_mb > 0:
             raise ConfigError(f"tokenizer.sample_mb={self.sample_mb}; it must be above 0. Raise it.")
@@ -72,6 +74,9 @@ class Tokenizer(Protocol):
     def eos(self) -> int: ...
     @property
     def identity(self) -> str: ...
+
+    @property
+    def eos_name(self) -> str | None: ...
 
     @property
     def definition(self) -> str | None:
@@ -92,6 +97,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos = 256
     definition = None
+    eos_name = None
     identity = hashlib.sha256(b"mixer byte tokenizer 1: utf-8, eos 256").hexdigest()
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
@@ -126,8 +132,9 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.eos_name = _find_eos(vocabulary, eos, where)
-        self.eos = vocabulary[self.eos_name]
+        name = _find_eos(vocabulary, eos, where)
+        self.eos_name: str | None = name
+        self.eos = vocabulary[name]
         self.vocab_size = max(vocabulary.values()) + 1
         # Neither is obeyed here, so neither defines what the tokens are.
         definition |= {"truncation": None, "padding": None}
@@ -159,7 +166,7 @@ class FileTokenizer:
 
 
 def _batches(texts: Sequence[str]) -> Iterable[list[tuple[int, str, bool]]]:
-    """(number of the text, a piece of it, is it the last piece), some hundred thousand characters at a time."""
+    """(number of the text, a piece of it, is it the last one), some hundred thousand characters a time."""
     batch: list[tuple[int, str, bool]] = []
     chars = 0
     for number, text in enumerate(texts):
@@ -175,7 +182,7 @@ def _batches(texts: Sequence[str]) -> Iterable[list[tuple[int, str, bool]]]:
 
 
 def pieces_of(text: str, piece_chars: int = PIECE_CHARS) -> list[str]:
-    """The text, cut after a line end (else before a space, else anywhere) into pieces that are not too long."""
+    """The text, cut after a line end (else before a space, else anywhere) into pieces of bounded length."""
     if len(text) <= piece_chars:
         return [text]
     pieces: list[str] = []

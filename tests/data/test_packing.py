@@ -58,8 +58,12 @@ def test_a_document_that_starts_a_row_is_its_first():
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"), [("mean", [(1 * 10.0 + 3 * 20.0) / 4, (2 * 20.0 + 2 * 4.0) / 4]), ("min", [10.0, 4.0]),
-                          ("max", [20.0, 20.0])]
+    ("how", "expected"),
+    [
+        ("mean", [(1 * 10.0 + 3 * 20.0) / 4, (2 * 20.0 + 2 * 4.0) / 4]),
+        ("min", [10.0, 4.0]),
+        ("max", [20.0, 20.0]),
+    ],
 )
 def test_reduce_by_hand(how, expected):
     value = np.array([10.0, 20.0, 4.0])

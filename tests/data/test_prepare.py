@@ -5,17 +5,18 @@ import json
 import os
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixer.core.errors import ConfigError, DataError, ResumeError
-from mixer.data import documents, prepare as module
+from mixer.data import documents
+from mixer.data import prepare as module
 from mixer.data.corpus import Corpus
 from mixer.data.prepare import PrepareOptions, prepare
 from mixer.data.sources import MetadataOptions, SourceOptions
@@ -27,7 +28,7 @@ from mixer.data.verify import verify
 def jsonl(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return SourceOptions(files=[str(path)])
+    return SourceOptions(files=(str(path),))
 
 
 def options_for(tmp_path, domains, **more):
@@ -35,7 +36,7 @@ def options_for(tmp_path, domains, **more):
 
 
 def rows_of(corpus, domain):
-    """[(tokens without padding, padding, starts, first document, metadata)] of all rows of a domain, in order."""
+    """[(tokens without padding, padding, starts, first document, metadata)] of a domain's rows, in order."""
     rows = []
     for number, (info, of) in enumerate(zip(corpus.shards, corpus.shard_domains, strict=True)):
         if of != domain:
@@ -54,7 +55,7 @@ def documents_in(corpus, domain, eos):
     found: dict[int, list[int]] = {}
     for tokens, _, starts, first_document, _ in rows_of(corpus, domain):
         cuts = [0, *(start for start in starts if start), len(tokens)]
-        for number, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False), first_document):
+        for number, (start, stop) in enumerate(pairwise(cuts), first_document):
             assert (start in starts) == (number not in found)
             found.setdefault(number, []).extend(tokens[start:stop])
     assert all(tokens[-1] == eos and eos not in tokens[:-1] for tokens in found.values())
@@ -86,6 +87,7 @@ def test_by_hand(tmp_path):
     assert (info.rows, info.documents, info.tokens, info.padding) == (2, 3, 13, 3)
     assert info.skipped == {"empty": 1}
     assert info.sources == (str(tmp_path / "a.jsonl"),)
+    assert info.documents_file is not None
     table = documents.read(corpus.filesystem, corpus.root, info.documents_file)
     assert table.to_pydict() == {"file": [0, 0, 0], "record": [0, 2, 3], "tokens": [6, 5, 2]}
     assert corpus.manifest.tokenizer.identity == ByteTokenizer.identity
@@ -108,7 +110,7 @@ words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 def test_any_documents_come_back_exactly(
     tmp_path_factory, monkeypatch, texts, row_tokens, shard_rows, unit_bytes, grouped, section
 ):
-    """Token for token, with their starts and numbers, whatever the rows, shards, units, groups and sections."""
+    """Token for token, with starts and numbers, whatever the rows, shards, units, groups and sections."""
     monkeypatch.setattr("mixer.data.staging.SECTION_TOKENS", section)
     monkeypatch.setattr("mixer.data.staging.ENCODE_CHARS", 10)
     monkeypatch.setattr("mixer.data.assembly.DOCUMENTS_BATCH", 3)
@@ -116,7 +118,10 @@ def test_any_documents_come_back_exactly(
     texts = [*texts, ("end", "x")]
     source = jsonl(tmp_path / "a.jsonl", [{"text": text, "topic": topic} for text, topic in texts])
     options = options_for(
-        tmp_path, {"a": source}, row_tokens=row_tokens, unit_mb=unit_bytes / 1e6,
+        tmp_path,
+        {"a": source},
+        row_tokens=row_tokens,
+        unit_mb=unit_bytes / 1e6,
         shard_mb=shard_rows * row_tokens * 2 / 1e6,
         metadata={"topic": MetadataOptions(group=True)} if grouped else {},
     )
@@ -128,6 +133,7 @@ def test_any_documents_come_back_exactly(
     found = documents_in(corpus, "a", 256)
     assert [bytes(found[n][:-1]).decode() for n in range(len(found))] == [text for _, text, _ in usable]
     info = corpus.manifest.domains["a"]
+    assert info.documents_file is not None
     table = documents.read(corpus.filesystem, corpus.root, info.documents_file)
     assert table.column("record").to_pylist() == [n for n, _, _ in usable]
     assert table.column("tokens").to_pylist() == [len(text.encode()) + 1 for _, text, _ in usable]
@@ -136,7 +142,7 @@ def test_any_documents_come_back_exactly(
     padded = [row for row in rows if row[1]]
     assert len(padded) <= (len({topic for _, _, topic in usable}) if grouped else 1)
     if grouped:
-        for tokens, _, starts, first, keys in rows:
+        for _, _, starts, first, keys in rows:
             inside = range(first, first + len(starts) + (0 if starts[:1] == [0] else 1))
             assert {usable[n][2] for n in inside} == {keys["topic"]}
     assert verify(corpus) == []
@@ -149,8 +155,11 @@ def test_groups_are_never_mixed_and_values_are_reduced(tmp_path):
         {"text": "ccccccccccc", "topic": "t2", "score": 3},  # 12 tokens
     ]
     source = jsonl(tmp_path / "a.jsonl", records)
-    metadata = {"topic": MetadataOptions(group=True), "score": MetadataOptions(),
-                "best": MetadataOptions(reduce="max", default=7.0)}
+    metadata = {
+        "topic": MetadataOptions(group=True),
+        "score": MetadataOptions(),
+        "best": MetadataOptions(reduce="max", default=7.0),
+    }
     prepare(options_for(tmp_path, {"a": source}, metadata=metadata), SerialRunner())
     corpus = Corpus.open(tmp_path / "out/train")
     assert dict(corpus.manifest.layout.metadata) == {"topic": "string", "score": "float64", "best": "float64"}
@@ -166,9 +175,11 @@ def test_groups_are_never_mixed_and_values_are_reduced(tmp_path):
 def test_three_corpora_of_one_tokenizer(tmp_path):
     many = [{"text": f"document number {n % 150}"} for n in range(300)]  # each text twice
     options = options_for(
-        tmp_path, {"a": jsonl(tmp_path / "a.jsonl", many), "b": jsonl(tmp_path / "b.jsonl", many[:20])},
+        tmp_path,
+        {"a": jsonl(tmp_path / "a.jsonl", many), "b": jsonl(tmp_path / "b.jsonl", many[:20])},
         targets={"t": jsonl(tmp_path / "t.jsonl", [{"text": "target"}])},
-        validation_share=0.25, tokenizer=TokenizerOptions(kind="train", vocab_size=280),
+        validation_share=0.25,
+        tokenizer=TokenizerOptions(kind="train", vocab_size=280),
     )
     summary = prepare(options, SerialRunner())
     corpora = {name: Corpus.open(tmp_path / "out" / name) for name in ("train", "validation", "targets")}
@@ -193,13 +204,17 @@ def test_three_corpora_of_one_tokenizer(tmp_path):
 
 def test_a_parquet_domain_and_many_small_texts(tmp_path):
     (tmp_path / "p").mkdir()
-    pq.write_table(pa.table({"body": [f"row {n}" for n in range(50)]}), tmp_path / "p/a.parquet", row_group_size=7)
+    pq.write_table(
+        pa.table({"body": [f"row {n}" for n in range(50)]}), tmp_path / "p/a.parquet", row_group_size=7
+    )
     for n in range(30):
         (tmp_path / "p" / f"{n:02d}.md").write_text(f"file {n}")
     options = options_for(
         tmp_path,
-        {"rows": SourceOptions(files=[f"{tmp_path}/p/*.parquet"], text="body"),
-         "files": SourceOptions(files=[f"{tmp_path}/p/*.md"])},
+        {
+            "rows": SourceOptions(files=(f"{tmp_path}/p/*.parquet",), text="body"),
+            "files": SourceOptions(files=(f"{tmp_path}/p/*.md",)),
+        },
         unit_mb=0.0001,
     )
     prepare(options, SerialRunner())
@@ -217,14 +232,18 @@ def test_a_document_longer_than_everything_else(tmp_path):
     text = "All work and no play. " * 2_300_000
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("short")
-    options = options_for(tmp_path, {"a": SourceOptions(files=[f"{tmp_path}/*.txt"])}, row_tokens=2048, shard_mb=16)
+    options = options_for(
+        tmp_path, {"a": SourceOptions(files=(f"{tmp_path}/*.txt",))}, row_tokens=2048, shard_mb=16
+    )
     prepare(options, SerialRunner())
     corpus = Corpus.open(tmp_path / "out/train")
     info = corpus.manifest.domains["a"]
     assert (info.documents, info.tokens) == (2, len(text) + 1 + 6)
     assert len(info.shards) == 7
     last = corpus.shard(6)
-    assert bytes(last.tokens[-1][: last.length[-1] - 7].tolist()) == text.encode()[-(int(last.length[-1]) - 7) :]
+    assert (
+        bytes(last.tokens[-1][: last.length[-1] - 7].tolist()) == text.encode()[-(int(last.length[-1]) - 7) :]
+    )
     assert last.first_document.tolist() == [0] * len(last)
     assert last.starts[-1].as_py() == [int(last.length[-1]) - 6]
 
@@ -239,8 +258,8 @@ def test_an_empty_domain_is_refused_and_says_why(tmp_path):
         prepare(options_for(tmp_path, {"bad": bad, "good": good}), SerialRunner())
     assert not (tmp_path / "out/train/manifest.json").exists()
     (tmp_path / "none.txt").write_text("")
-    none = SourceOptions(files=[str(tmp_path / "none.txt")], split="lines")
-    with pytest.raises(DataError, match="empty domain: 'none' of targets .* they hold no record"):
+    none = SourceOptions(files=(str(tmp_path / "none.txt"),), split="lines")
+    with pytest.raises(DataError, match=r"empty domain: 'none' of targets .* they hold no record"):
         prepare(options_for(tmp_path, {"good": good}, targets={"none": none}), SerialRunner())
 
 
@@ -256,7 +275,9 @@ def test_another_tokenizer_or_row_length_is_refused(tmp_path):
     prepare(options, SerialRunner())
     before = contents(tmp_path / "out")
     trained = replace(options, tokenizer=TokenizerOptions(kind="train", vocab_size=257))
-    with pytest.raises(ResumeError, match=rf"made with tokenizer byte:{ByteTokenizer.identity} .* has hf:[0-9a-f]{{64}}"):
+    with pytest.raises(
+        ResumeError, match=rf"made with tokenizer byte:{ByteTokenizer.identity} .* has hf:[0-9a-f]{{64}}"
+    ):
         prepare(trained, SerialRunner())
     with pytest.raises(ResumeError, match="has rows of 8 tokens; this config has row_tokens=12"):
         prepare(replace(options, row_tokens=12), SerialRunner())
@@ -334,7 +355,9 @@ def test_stopped_after_any_job_and_run_again(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             prepare(again, first)
         assert not list((tmp_path / f"again{stop}").glob("*/manifest.json"))
-        written = {path: os.stat(path).st_mtime_ns for path in (tmp_path / f"again{stop}").rglob("shards/*/*.arrow")}
+        written = {
+            path: os.stat(path).st_mtime_ns for path in (tmp_path / f"again{stop}").rglob("shards/*/*.arrow")
+        }
         prepare(again, Counting())
         assert contents(tmp_path / f"again{stop}") == expected
         assert all(os.stat(path).st_mtime_ns == mtime for path, mtime in written.items())
@@ -389,7 +412,11 @@ def test_a_domain_removed_and_the_validation_given_up(tmp_path):
     prepare(options, Counting())
     fewer = replace(options, domains={"a": options.domains["a"]}, validation_share=0.0)
     prepare(fewer, Counting())
-    assert {path.split("/")[0] for path in contents(tmp_path / "out")} == {"train", "prepare.json", ".prepare.lock"}
+    assert {path.split("/")[0] for path in contents(tmp_path / "out")} == {
+        "train",
+        "prepare.json",
+        ".prepare.lock",
+    }
     assert Corpus.open(tmp_path / "out/train").catalog.names == ("a",)
     assert sorted(path.name for path in (tmp_path / "out/train/shards").iterdir()) == ["a"]
 
@@ -420,8 +447,11 @@ def test_a_preparation_on_an_object_store(tmp_path, s3):
         with s3.filesystem.open_output_stream(f"corpora/raw/{n}.jsonl") as stream:
             stream.write("".join(json.dumps({"text": f"{n} {line}"}) + "\n" for line in range(50)).encode())
     options = PrepareOptions(
-        output="s3://corpora/out", row_tokens=8, unit_mb=0.0003, validation_share=0.2,
-        domains={"a": SourceOptions(files=["s3://corpora/raw/*.jsonl"])},
+        output="s3://corpora/out",
+        row_tokens=8,
+        unit_mb=0.0003,
+        validation_share=0.2,
+        domains={"a": SourceOptions(files=("s3://corpora/raw/*.jsonl",))},
         storage=module.Storage(endpoint=s3.endpoint, region="us-east-1"),
     )
     summary = prepare(options, SerialRunner())

@@ -63,7 +63,10 @@ def start(tmp_path, output, *more):
     command = [sys.executable, "-m", "mixer.cli", "prepare", str(tmp_path / "config.yaml")]
     return subprocess.Popen(
         [*command, f"prepare.output={output}", "--object-store-mb=100", *more],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -101,7 +104,8 @@ def test_two_cpus_write_the_same_bytes(prepared):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("pattern", "count"), [(".staging/*.sample.json", 1), (".staging/[0-9a-f]*.tokens", 9), ("*/shards/*/*.arrow", 4)]
+    ("pattern", "count"),
+    [(".staging/*.sample.json", 1), (".staging/[0-9a-f]*.tokens", 9), ("*/shards/*/*.arrow", 4)],
 )
 def test_killed_and_run_again(prepared, pattern, count):
     tmp_path, expected = prepared
@@ -135,8 +139,12 @@ def ray_session():
     import ray
 
     ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000,
-        namespace="test_prepare", log_to_driver=False,
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        namespace="test_prepare",
+        log_to_driver=False,
     )
     yield ray
     ray.shutdown()
@@ -145,11 +153,15 @@ def ray_session():
 def test_an_error_in_a_task_is_one_line(tmp_path, ray_session):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 7}\n')
     options = PrepareOptions(
-        output=str(tmp_path / "out"), domains={"a": SourceOptions(files=(str(tmp_path / "a.jsonl"),))}, row_tokens=8
+        output=str(tmp_path / "out"),
+        domains={"a": SourceOptions(files=(str(tmp_path / "a.jsonl"),))},
+        row_tokens=8,
     )
     with pytest.raises(DataError) as caught:
         prepare(options, RayRunner())
-    assert str(caught.value).startswith(f"domains.a: {tmp_path}/a.jsonl, line 2: 'text' is int, not a string.")
+    assert str(caught.value).startswith(
+        f"domains.a: {tmp_path}/a.jsonl, line 2: 'text' is int, not a string."
+    )
     assert "\n" not in str(caught.value)
 
 
@@ -160,7 +172,9 @@ def test_a_ray_that_was_there_stays(tmp_path, ray_session):
     with RayRunner(small_bytes=1 << 30) as runner:  # small, but Ray runs already
         prepare(options, runner)
     assert ray_session.is_initialized()
-    prepare(PrepareOptions(output=str(tmp_path / "here"), domains={"a": source}, row_tokens=8), SerialRunner())
+    prepare(
+        PrepareOptions(output=str(tmp_path / "here"), domains={"a": source}, row_tokens=8), SerialRunner()
+    )
     assert contents(tmp_path / "ray") == contents(tmp_path / "here")
 
 
@@ -178,7 +192,8 @@ def test_a_corpus_ten_times_the_object_store(tmp_path, ray_session, record_prope
     num_bytes = sum(path.stat().st_size for path in raw.iterdir())
     assert num_bytes > 990_000_000
     options = PrepareOptions(
-        output=str(tmp_path / "out"), domains={"a": SourceOptions(files=(f"{raw}/*.jsonl",))},
+        output=str(tmp_path / "out"),
+        domains={"a": SourceOptions(files=(f"{raw}/*.jsonl",))},
         tokenizer=TokenizerOptions(kind="byte"),
     )
     begin = time.monotonic()

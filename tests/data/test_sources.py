@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixer.core.errors import ConfigError, DataError
+from mixer.data.reading import Reading
 from mixer.data.sources import (
     MetadataOptions,
-    Reading,
     Slice,
     SourceOptions,
     cast_value,
@@ -28,7 +28,7 @@ EXTRA = {"score": MetadataOptions(), "topic": MetadataOptions(group=True, defaul
 
 def read(folder, pattern="*", *, unit_bytes=1 << 20, metadata=None, **options):
     """Everything a domain gives: [(file name, record, text, values)], skipped; records made absolute."""
-    of_domain = SourceOptions(files=[f"{folder}/{pattern}"], **options)
+    of_domain = SourceOptions(files=(f"{folder}/{pattern}",), **options)
     files = find_files(of_domain, LOCAL, "domains.d")
     footers = {
         n: check_parquet(LOCAL, [file], of_domain, metadata or {}, "domains.d")[0]
@@ -41,7 +41,9 @@ def read(folder, pattern="*", *, unit_bytes=1 << 20, metadata=None, **options):
         for part in unit:
             base = passed.get(part.file, 0)
             name = os.path.basename(files[part.file].path)
-            found += [(name, base + d.record, d.text, d.values) for d in reading.documents(files[part.file], part)]
+            found += [
+                (name, base + d.record, d.text, d.values) for d in reading.documents(files[part.file], part)
+            ]
             passed[part.file] = base + reading.num_records
     return found, dict(reading.skipped)
 
@@ -58,7 +60,9 @@ def texts(folder, *args, **options):
 
 
 def test_json_lines(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "t\\u00e9", "n": 1}\r\n{"text": "last"}')
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "t\\u00e9", "n": 1}\r\n{"text": "last"}'
+    )
     found, skipped = read(tmp_path)
     assert [(record, text) for _, record, text, _ in found] == [(0, "one"), (2, "té"), (3, "last")]
     assert skipped == {}
@@ -81,21 +85,26 @@ def test_text(tmp_path, split, expected):
 
 def test_compressed_files_of_many_members(tmp_path):
     lines = [json.dumps({"text": f"line {n}"}).encode() + b"\n" for n in range(1000)]
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:500])) + gzip.compress(b"".join(lines[500:])))
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        gzip.compress(b"".join(lines[:500])) + gzip.compress(b"".join(lines[500:]))
+    )
     codec = pa.Codec("zstd")
     (tmp_path / "b.jsonl.zst").write_bytes(
-        codec.compress(b"".join(lines[:500]), asbytes=True) + codec.compress(b"".join(lines[500:]), asbytes=True)
+        codec.compress(b"".join(lines[:500]), asbytes=True)
+        + codec.compress(b"".join(lines[500:]), asbytes=True)
     )
     expected = [f"line {n}" for n in range(1000)]
     assert texts(tmp_path) == expected * 2
 
 
 def test_parquet_reads_only_what_is_named(tmp_path):
-    table = pa.table({
-        "text": pa.array(["a", None, "", "b"]).dictionary_encode(),
-        "score": [1.0, 2.0, 3.0, float("nan")],
-        "other": [[1]] * 4,
-    })
+    table = pa.table(
+        {
+            "text": pa.array(["a", None, "", "b"]).dictionary_encode(),
+            "score": [1.0, 2.0, 3.0, float("nan")],
+            "other": [[1]] * 4,
+        }
+    )
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
     metadata = {"score": MetadataOptions(default=0.5), "topic": EXTRA["topic"]}
     found, skipped = read(tmp_path, metadata=metadata, unit_bytes=1)
@@ -107,14 +116,16 @@ def test_parquet_reads_only_what_is_named(tmp_path):
 
 
 @given(
-    lines=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r\ufeff"), max_size=30), max_size=30),
+    lines=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\n\r\ufeff"), max_size=30), max_size=30
+    ),
     unit_bytes=st.integers(1, 60),
     ends=st.booleans(),
 )
 def test_byte_ranges_give_every_line_once(tmp_path_factory, lines, unit_bytes, ends):
     folder = tmp_path_factory.mktemp("lines")
     (folder / "a.txt").write_text("\n".join(lines) + ("\n" if ends else ""), newline="")
-    found, skipped = read(folder, unit_bytes=unit_bytes, split="lines")
+    found, _ = read(folder, unit_bytes=unit_bytes, split="lines")
     usable = [(n, line) for n, line in enumerate(lines) if line and not line.isspace()]
     assert [(record, text) for _, record, text, _ in found] == usable
 
@@ -122,18 +133,22 @@ def test_byte_ranges_give_every_line_once(tmp_path_factory, lines, unit_bytes, e
 def test_units_depend_on_sizes_alone(tmp_path):
     for name, size in (("a", 10), ("b", 10), ("c", 25), ("d", 5)):
         (tmp_path / f"{name}.txt").write_text("x" * size)
-    options = SourceOptions(files=[f"{tmp_path}/*"])
+    options = SourceOptions(files=(f"{tmp_path}/*",))
     files = find_files(options, LOCAL, "d")
     assert cut_units(files, options, 20, {}) == [(Slice(0), Slice(1)), (Slice(2),), (Slice(3),)]
-    by_line = SourceOptions(files=[f"{tmp_path}/*"], split="lines")
+    by_line = SourceOptions(files=(f"{tmp_path}/*",), split="lines")
     assert cut_units(files, by_line, 20, {}) == [
-        (Slice(0), Slice(1)), (Slice(2, 0, 20),), (Slice(2, 20, 25), Slice(3)),
+        (Slice(0), Slice(1)),
+        (Slice(2, 0, 20),),
+        (Slice(2, 20, 25), Slice(3)),
     ]
 
 
 def test_row_groups_are_units(tmp_path):
-    pq.write_table(pa.table({"text": [f"{n} " * 100 for n in range(40)]}), tmp_path / "a.parquet", row_group_size=10)
-    options = SourceOptions(files=[f"{tmp_path}/*"])
+    pq.write_table(
+        pa.table({"text": [f"{n} " * 100 for n in range(40)]}), tmp_path / "a.parquet", row_group_size=10
+    )
+    options = SourceOptions(files=(f"{tmp_path}/*",))
     files = find_files(options, LOCAL, "d")
     footer = check_parquet(LOCAL, files, options, {}, "d")[0]
     assert cut_units(files, options, 1, {0: footer}) == [(Slice(0, n, n + 1),) for n in range(4)]
@@ -145,7 +160,8 @@ def test_row_groups_are_units(tmp_path):
 
 def test_documents_that_are_skipped_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
-        b'{"text": null}\n{"text": ""}\n{"text": " \\n\\t"}\n{"other": 1}\n{"text": "\xff"}\n{"text": "\\ud800"}\n'
+        b'{"text": null}\n{"text": ""}\n{"text": " \\n\\t"}\n{"other": 1}\n{"text": "\xff"}\n'
+        b'{"text": "\\ud800"}\n'
         b'{"text": "good"}\n'
     )
     found, skipped = read(tmp_path)
@@ -207,9 +223,18 @@ def test_metadata_missing_or_of_another_type(tmp_path):
 @pytest.mark.parametrize(
     ("value", "kind", "expected"),
     [
-        ("a", "string", "a"), (1, "string", None), ("\ud800", "string", None),
-        (3, "int64", 3), (3.0, "int64", 3), (3.5, "int64", None), (True, "int64", None), (1 << 63, "int64", None),
-        (2, "float64", 2.0), (float("inf"), "float64", None), ("2", "float64", None), (10**400, "float64", None),
+        ("a", "string", "a"),
+        (1, "string", None),
+        ("\ud800", "string", None),
+        (3, "int64", 3),
+        (3.0, "int64", 3),
+        (3.5, "int64", None),
+        (True, "int64", None),
+        (1 << 63, "int64", None),
+        (2, "float64", 2.0),
+        (float("inf"), "float64", None),
+        ("2", "float64", None),
+        (10**400, "float64", None),
     ],
 )
 def test_values_are_not_guessed(value, kind, expected):
@@ -225,7 +250,9 @@ def test_values_are_not_guessed(value, kind, expected):
 @pytest.mark.parametrize("how", ["cut", "flipped", "no such format"])
 def test_damaged_compression_names_the_file(tmp_path, name, how):
     content = "".join(json.dumps({"text": f"line {n} {n * n}"}) + "\n" for n in range(2000)).encode()
-    packed = gzip.compress(content) if name.endswith("gz") else pa.Codec("zstd").compress(content, asbytes=True)
+    packed = (
+        gzip.compress(content) if name.endswith("gz") else pa.Codec("zstd").compress(content, asbytes=True)
+    )
     if how == "cut":
         packed = packed[: len(packed) // 2]
     elif how == "flipped":
@@ -247,7 +274,9 @@ def test_truncated_parquet_is_refused_at_start(tmp_path):
 
 def test_a_bad_row_group_is_named(tmp_path):
     table = pa.table({"text": [os.urandom(40).hex() for _ in range(2000)]})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000, compression="zstd", use_dictionary=False)
+    pq.write_table(
+        table, tmp_path / "a.parquet", row_group_size=1000, compression="zstd", use_dictionary=False
+    )
     place = pq.read_metadata(tmp_path / "a.parquet").row_group(1).column(0).data_page_offset
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[place + 100 : place + 300] = bytes(200)
@@ -267,7 +296,7 @@ def test_schema_mismatch_shows_both(tmp_path, column):
 
 
 def test_a_file_changed_or_gone_since_planning(tmp_path):
-    options = SourceOptions(files=[f"{tmp_path}/*"])
+    options = SourceOptions(files=(f"{tmp_path}/*",))
     (tmp_path / "a.txt").write_text("one")
     files = find_files(options, LOCAL, "d")
     (tmp_path / "a.txt").write_text("other")
@@ -282,7 +311,7 @@ def test_a_file_changed_or_gone_since_planning(tmp_path):
 
 
 def names(root, pattern):
-    options = SourceOptions(files=[f"{root}/{pattern}"])
+    options = SourceOptions(files=(f"{root}/{pattern}",))
     return [os.path.relpath(file.path, root) for file in find_files(options, LOCAL, "d")]
 
 
@@ -311,18 +340,27 @@ def test_relative_patterns_show_relative_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/a.txt").write_text("x")
-    (file,) = find_files(SourceOptions(files=["raw/*"]), LOCAL, "d")
+    (file,) = find_files(SourceOptions(files=("raw/*",)), LOCAL, "d")
     assert (file.shown, file.path) == ("raw/a.txt", f"{tmp_path}/raw/a.txt")
 
 
 def test_doubles_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
-    first = find_files(SourceOptions(files=[f"{tmp_path}/a.txt"]), LOCAL, "d")
-    linked = find_files(SourceOptions(files=[f"{tmp_path}/link.txt"]), LOCAL, "d")
+    first = find_files(SourceOptions(files=(f"{tmp_path}/a.txt",)), LOCAL, "d")
+    linked = find_files(SourceOptions(files=(f"{tmp_path}/link.txt",)), LOCAL, "d")
     with pytest.raises(DataError, match=r"link\.txt is in domains\.x and in targets\.y"):
         refuse_doubles({"domains.x": first, "targets.y": linked})
-    twice = find_files(SourceOptions(files=[f"{tmp_path}/a.txt", f"{tmp_path}/a.*"]), LOCAL, "d")
+    twice = find_files(
+        SourceOptions(
+            files=(
+                f"{tmp_path}/a.txt",
+                f"{tmp_path}/a.*",
+            )
+        ),
+        LOCAL,
+        "d",
+    )
     with pytest.raises(DataError, match=r"a\.txt is twice in domains\.x"):
         refuse_doubles({"domains.x": twice})
 

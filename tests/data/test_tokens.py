@@ -12,7 +12,11 @@ from mixer.data import tokens
 from mixer.data.manifest import tokenizer_identity
 from mixer.data.tokens import ByteTokenizer, TokenizerOptions, from_text, pieces_of, train_bpe
 
-TEXTS = ["the cat sat on the mat\n" * 20, "def cat(self):\n    return self.cat\n" * 20, "der Kater saß 猫 🐈\n" * 20]
+TEXTS = [
+    "the cat sat on the mat\n" * 20,
+    "def cat(self):\n    return self.cat\n" * 20,
+    "der Kater saß 猫 🐈\n" * 20,
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +35,16 @@ def test_bytes_and_eos():
 def test_bytes_come_back(texts):
     ids, length = ByteTokenizer().encode(texts)
     ends = np.cumsum(length)
-    assert [ByteTokenizer().decode(ids[end - n : end]) for n, end in zip(length, ends, strict=True)] == texts
+    assert [ByteTokenizer().decode(ids[end - n : end].tolist()) for n, end in zip(length, ends, strict=True)] == texts
 
 
 def test_a_trained_bpe_is_the_same_in_any_process(bpe):
     program = f"from mixer.data.tokens import train_bpe; print(train_bpe({TEXTS!r}, 290), end='')"
     for threads in ("1", "4"):
         other = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, check=True,
+            [sys.executable, "-c", program],
+            capture_output=True,
+            check=True,
             env={"PATH": "", "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads},
         )
         assert other.stdout.decode() == bpe
@@ -57,7 +63,7 @@ def test_a_bpe_gives_texts_back_with_eos_at_their_ends(bpe):
 def test_special_tokens_spelled_out_in_a_text_are_text(bpe):
     tokenizer = from_text(bpe)
     text = "before<|endoftext|>after"
-    ids, length = tokenizer.encode([text])
+    ids, _ = tokenizer.encode([text])
     assert np.count_nonzero(ids == tokenizer.eos) == 1
     assert tokenizer.decode(ids.tolist()) == text
 
@@ -66,7 +72,10 @@ def test_nothing_is_added_by_a_template(bpe):
     value = json.loads(bpe)
     value["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
     }
@@ -76,6 +85,7 @@ def test_nothing_is_added_by_a_template(bpe):
 
 def test_identity_is_of_what_defines_the_tokens(bpe):
     tokenizer = from_text(bpe)
+    assert tokenizer.definition is not None
     assert tokenizer.identity == tokenizer_identity(tokenizer.definition, 0)
     spaced = json.dumps(json.loads(bpe) | {"truncation": None}, indent=7)
     assert from_text(spaced).identity == tokenizer.identity
