@@ -57,7 +57,7 @@ def plain_scramble(place: int, size: int, key: int) -> int:
 
 
 def plain_shuffle(size: int, key: int, block: int, group: int) -> list[int]:
-    """Deal the blocks, cut them into groups, shuffle each group's rows; the block that may be short counts as last."""
+    """Deal the blocks, cut them into groups, shuffle each group's rows; what may be short counts as last."""
     outer = plain_mix(key, 0)
     num_blocks = -(-size // block)
     dealt = [plain_scramble(i, num_blocks, outer) for i in range(num_blocks)]

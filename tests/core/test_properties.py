@@ -137,7 +137,7 @@ def test_any_number_of_ranks_trains_the_same_rows_in_the_same_slots(run: Run, or
 
 
 def assert_counts_follow(schedule: MixtureSchedule) -> float:
-    """Counts against the exact sums of the recorded shares, after every window; returns the largest distance."""
+    """Counts against the exact sums of recorded shares, after every window; returns the largest distance."""
     slots = schedule.geometry.window_slots
     sum_d = np.zeros(len(schedule.catalog), dtype=np.longdouble)
     count_d = np.zeros(len(schedule.catalog), dtype=np.int64)
@@ -171,7 +171,7 @@ def test_shares_are_settled_only_where_somebody_cannot_pay_and_by_less_than_two_
         # Somebody was given more rows than its share of this window can pay for.
         assert (exact_d * slots + row.carry_d < 0).any()
         assert moved_d.max() < 2.0
-        # Without weight a domain pays at most for what it was given ahead of its due, and is owed nothing new.
+        # Without weight a domain pays at most for what it was given ahead, and is owed nothing new.
         out_d = asked_d == 0
         paid_d = (row.weights_d * slots)[out_d]
         assert (paid_d <= np.maximum(row.counts_d[out_d], -row.carry_d[out_d]) + 1e-9).all()
@@ -179,7 +179,7 @@ def test_shares_are_settled_only_where_somebody_cannot_pay_and_by_less_than_two_
 
 @given(run=runs(windows=st.integers(1, 25), families=[*moves.MILD, *moves.WILD]))
 def test_mixtures_that_do_not_look_at_carries_are_bound_as_asked(run: Run) -> None:
-    """Settling takes hostile weights. It could happen under chance moves too, yet in no example so far has."""
+    """Settling takes hostile weights. It could happen under chance moves too, yet no example so far has."""
     slots = run.schedule.geometry.window_slots
     for asked_d, row in zip(run.asked, run.schedule, strict=True):
         np.testing.assert_allclose(row.weights_d * slots, asked_d * slots, rtol=2e-9, atol=0)

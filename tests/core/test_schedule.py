@@ -57,7 +57,7 @@ def assert_same(found: MixtureSchedule, wanted: MixtureSchedule) -> None:
 def test_three_windows_by_hand() -> None:
     schedule = schedule_of(CATALOG, GEOMETRY, [mixture_of(0.1, 0.3, 0.6)] * 3)  # shares 0.8, 2.4, 4.8
     assert [row.counts_d.tolist() for row in schedule] == [[1, 2, 5], [1, 3, 4], [1, 2, 5]]
-    # The third window owes 0.4, 2.2, 5.4. The floors 0, 2, 5 leave one row, and the tie goes in catalog order.
+    # The third window owes 0.4, 2.2, 5.4. The floors 0, 2, 5 leave one row; the tie goes in catalog order.
     assert [row.offsets_d.tolist() for row in schedule] == [[0, 0, 0], [1, 2, 5], [2, 5, 9]]
     np.testing.assert_allclose(schedule.row(1).carry_d, [-0.2, 0.4, -0.2], rtol=0, atol=1e-12)
     assert schedule.row(2).next_offsets_d.tolist() == [3, 7, 14]

@@ -34,11 +34,11 @@ Order = np.ndarray
 Statistic = Callable[[Order], float]
 
 
-# ---- p-values of an order under the hypothesis that it is a uniform permutation -----------------------------
+# ---- p-values of an order under the hypothesis that it is a uniform permutation ---------------------------
 
 
 def serial(order: Order, lag: int = 1) -> float:
-    """Correlation of each row with the one `lag` places on, round the end: mean -1 / (n - 1), variance 1 / n."""
+    """Correlation of a row with that `lag` places on, round the end: mean -1 / (n - 1), variance 1 / n."""
     n = len(order)
     x = order - (n - 1) / 2
     r = float(x @ np.roll(x, -lag)) / float(x @ x)
@@ -78,8 +78,12 @@ STATISTICS: list[Statistic] = [serial, serial_far, gaps, places, neighbours]
 
 
 def assert_chance(p_values: list[float], what: str) -> None:
-    assert min(p_values) > LEVEL / len(p_values), f"{what}: p-values {sorted(p_values)[:3]} of {len(p_values)}"
-    assert stats.kstest(p_values, "uniform").pvalue > LEVEL, f"{what}: p-values {np.round(sorted(p_values), 3)}"
+    assert min(p_values) > LEVEL / len(p_values), (
+        f"{what}: p-values {sorted(p_values)[:3]} of {len(p_values)}"
+    )
+    assert stats.kstest(p_values, "uniform").pvalue > LEVEL, (
+        f"{what}: p-values {np.round(sorted(p_values), 3)}"
+    )
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
@@ -160,7 +164,9 @@ def test_two_domains_of_one_size_have_unrelated_orders() -> None:
     p_values = []
     for seed in SEEDS:
         keys = [mix(np.array([key_of("domain", name)], dtype=np.uint64), seed) for name in ("a", "b")]
-        orders = [scramble(np.arange(20_000), np.full(20_000, 20_000), np.repeat(key, 20_000)) for key in keys]
+        orders = [
+            scramble(np.arange(20_000), np.full(20_000, 20_000), np.repeat(key, 20_000)) for key in keys
+        ]
         p_values.append(float(stats.spearmanr(*orders).pvalue))
     assert_chance(p_values, "rank correlation of two domains")
 
@@ -180,9 +186,7 @@ def test_the_smallest_domains_come_in_every_order(size: int, most: float) -> Non
         assert np.abs(np.bincount(orders[place], minlength=size) / num * size - 1).max() < 0.08
 
 
-# ---- whole passes against passes shuffled on two levels by numpy --------------------------------------------
-
-NULL = 2500  # so that a p-value may fall below 0.01 / 10
+# ---- whole passes against passes shuffled on two levels by numpy -----------------------------------------
 
 
 def ideal_pass(size: int, rng: np.random.Generator, block_rows: int, group_blocks: int) -> Order:
@@ -194,7 +198,7 @@ def ideal_pass(size: int, rng: np.random.Generator, block_rows: int, group_block
 
 @cache
 def ideal_passes(size: int, block_rows: int, group_blocks: int) -> list[Order]:
-    return [ideal_pass(size, np.random.default_rng(i), block_rows, group_blocks) for i in range(NULL - 1)]
+    return [ideal_pass(size, np.random.default_rng(i), block_rows, group_blocks) for i in range(1000)]
 
 
 def lag_correlation(order: Order) -> float:
@@ -213,15 +217,14 @@ def cell_spread(order: Order) -> float:
 
 
 @pytest.mark.parametrize("value", [lag_correlation, low_runs, cell_spread])
-def test_whole_passes_are_like_passes_shuffled_on_two_levels_by_numpy(value: Callable[[Order], float]) -> None:
+def test_whole_passes_are_like_passes_shuffled_on_two_levels_by_numpy(
+    value: Callable[[Order], float],
+) -> None:
+    """300 passes against 1,000 of numpy, at 1 % for the three statistics together."""
     shape = (2_563, 4, 8)  # 81 groups of 32 rows, one of them with the short block
-    null = np.array([value(order) for order in ideal_passes(*shape)])
-    p_values = []
-    for seed in SEEDS:
-        found = value(a_pass(shape[0], seed, *shape[1:]))
-        below, above = (1 + (null <= found).sum()) / NULL, (1 + (null >= found).sum()) / NULL
-        p_values.append(min(1.0, 2 * min(below, above)))
-    assert_chance(p_values, value.__name__)
+    null = [value(order) for order in ideal_passes(*shape)]
+    found = [value(a_pass(shape[0], seed, *shape[1:])) for seed in range(300)]
+    assert stats.ks_2samp(null, found).pvalue > LEVEL / 3
 
 
 def test_the_price_of_locality_is_what_theory_says() -> None:
@@ -233,7 +236,7 @@ def test_the_price_of_locality_is_what_theory_says() -> None:
     assert np.mean(found) < 0.02
 
 
-# ---- the tests have teeth -----------------------------------------------------------------------------------
+# ---- the tests have teeth ------------------------------------------------------------------------------
 
 
 def identity(size: int, seed: int) -> Order:
@@ -273,20 +276,20 @@ def test_bad_orders_are_rejected(order: Callable[[int, int], Order]) -> None:
         assert rejected == {s.__name__ for s in STATISTICS}
 
 
-# ---- locality --------------------------------------------------------------------------------------------------
+# ---- locality --------------------------------------------------------------------------------------------
 
 
 def most_blocks(count: int, size: int, geometry: Geometry) -> int:
     """The most blocks that `count` rows in a row of one pass can lie in.
 
-    Groups follow each other in the order of a pass, and a group's rows all lie in its `group_blocks` blocks. A
+    Groups follow each other in the order of a pass; all rows of a group lie in its `group_blocks` blocks. A
     group has span = block_rows * group_blocks rows; the last of a pass has fewer, and so has the one with the
     domain's short block (by `short` rows). For count rows to touch g >= 2 groups, all g - 2 between the
     first and the last are taken whole: (g - 2) * span - short + 2 <= count. So, for count >= 2,
 
         g <= 2 + (count - 2 + short) // span,
 
-    which without a short block is ceil((count - 1) / span) + 1. And rows lie in no more blocks than there are rows.
+    which without a short block is ceil((count - 1) / span) + 1. And rows lie in no more blocks than rows.
     """
     blocks = -(-size // geometry.block_rows)
     span = geometry.block_rows * geometry.group_blocks
