@@ -129,7 +129,7 @@ class MixtureSchedule:
         offsets_d, carry_d = self.position(catalog)
         slots = self.geometry.window_slots
         weights_d = mixture.weights_d
-        if abs((total := math.fsum(weights_d)) - 1.0) > EXACT_SUM:
+        if abs((total := math.fsum(weights_d.tolist())) - 1.0) > EXACT_SUM:
             weights_d = weights_d / total  # else what the sum misses would add up in the carries, window by window
         given = apportion(weights_d * slots, carry_d, slots, limit_d)
         if given.settled:

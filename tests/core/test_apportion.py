@@ -107,8 +107,8 @@ def test_one_domain_left_pays_for_those_given_ahead() -> None:
     given = apportion(array(0.2, 0.3, 0.3, 0.2), carry_d, 1)  # owed 1.1, 0, 0, -0.1
     assert given.count_d.tolist() == [1, 0, 0, 0]
     assert is_sound(given, carry_d, 1)
-    # Owed 1.4, 1.4, -0.9, -0.9. The row goes to the second; the first stays owed 0.9, so its share falls by 0.5,
-    # and the other three take a third of that each: the second now has 0.567 ahead of its due, the last two pay.
+    # Owed 1.4, 1.4, -0.9, -0.9; of the two the second gets the row. The first may stay owed 0.9, so its share
+    # falls by 0.5. The other three take a third of that each: the last two pay for rows they had before.
     carry_d = array(0.9, 0.9, -0.9, -0.9)
     given = apportion(array(0.5, 0.5, 0.0, 0.0), carry_d, 1)
     assert is_sound(given, carry_d, 1)
@@ -126,7 +126,7 @@ def test_settling_leaves_out_who_has_no_weight() -> None:
 
 
 def test_a_tie_among_remainders_never_gives_a_row_to_who_has_no_weight() -> None:
-    # Carries that do not sum to zero are what a catalog switch leaves. Owed: 0, 10, 10, 11; two rows are missing.
+    # A catalog switch leaves carries that do not sum to zero. Owed: 0, 10, 10, 11; two rows are missing.
     given = apportion(array(0.0, 10.9, 10.9, 11.2), array(0.0, -0.9, -0.9, -0.2), 33)
     assert given.count_d.tolist() == [0, 11, 11, 11]
 

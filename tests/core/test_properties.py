@@ -39,7 +39,9 @@ class Run:
     def __repr__(self) -> str:
         sizes = self.schedule.catalog.num_rows_d
         shown = ", ".join(map(str, sizes[:8].tolist())) + (", ..." if len(sizes) > 8 else "")
-        return f"Run(seed={self.seed}, {self.move}, {len(sizes)} domains of {shown}, {self.schedule.geometry})"
+        return (
+            f"Run(seed={self.seed}, {self.move}, {len(sizes)} domains of {shown}, {self.schedule.geometry})"
+        )
 
 
 def sizes_of(family: str, num: int, most: int, rng: np.random.Generator) -> np.ndarray:
@@ -49,7 +51,9 @@ def sizes_of(family: str, num: int, most: int, rng: np.random.Generator) -> np.n
         return rng.integers(1, min(most, 5) + 1, num)
     if family == "any":
         return rng.integers(1, most + 1, num)
-    return np.exp(rng.uniform(0, math.log(most), num)).astype(np.int64).clip(1, most)  # "log": of every magnitude
+    return (
+        np.exp(rng.uniform(0, math.log(most), num)).astype(np.int64).clip(1, most)
+    )  # "log": of every magnitude
 
 
 NUMS = st.one_of(st.integers(1, 8), st.integers(1, 100), st.integers(1, MOST_DOMAINS), st.just(1))
@@ -133,7 +137,7 @@ def test_any_number_of_ranks_trains_the_same_rows_in_the_same_slots(run: Run, or
 
 
 def assert_counts_follow(schedule: MixtureSchedule) -> float:
-    """Counts against the exact sums of the recorded shares, after every window; returns the largest distance."""
+    """Counts against the exact sums of recorded shares, after every window; returns the largest distance."""
     slots = schedule.geometry.window_slots
     sum_d = np.zeros(len(schedule.catalog), dtype=np.longdouble)
     count_d = np.zeros(len(schedule.catalog), dtype=np.int64)
@@ -167,7 +171,7 @@ def test_shares_are_settled_only_where_somebody_cannot_pay_and_by_less_than_two_
         # Somebody was given more rows than its share of this window can pay for.
         assert (exact_d * slots + row.carry_d < 0).any()
         assert moved_d.max() < 2.0
-        # Without weight a domain pays at most for what it was given ahead of its due, and is owed nothing new.
+        # Without weight a domain pays at most for what it was given ahead, and is owed nothing new.
         out_d = asked_d == 0
         paid_d = (row.weights_d * slots)[out_d]
         assert (paid_d <= np.maximum(row.counts_d[out_d], -row.carry_d[out_d]) + 1e-9).all()
@@ -175,7 +179,7 @@ def test_shares_are_settled_only_where_somebody_cannot_pay_and_by_less_than_two_
 
 @given(run=runs(windows=st.integers(1, 25), families=[*moves.MILD, *moves.WILD]))
 def test_mixtures_that_do_not_look_at_carries_are_bound_as_asked(run: Run) -> None:
-    """Settling takes hostile weights. It could happen under chance moves too, yet in no example so far has."""
+    """Settling takes hostile weights. It could happen under chance moves too, yet no example so far has."""
     slots = run.schedule.geometry.window_slots
     for asked_d, row in zip(run.asked, run.schedule, strict=True):
         np.testing.assert_allclose(row.weights_d * slots, asked_d * slots, rtol=2e-9, atol=0)
@@ -219,7 +223,11 @@ def test_every_pass_visits_every_row_exactly_once(run: Run) -> None:
 
 @given(run=runs())
 def test_no_row_comes_twice_in_a_pass_over_domains_of_any_size(run: Run) -> None:
-    seen = [(d, p, r) for w in windows_of(run.schedule) for d, p, r in zip(w.domain_n, w.pass_n, w.row_n, strict=True)]
+    seen = [
+        (d, p, r)
+        for w in windows_of(run.schedule)
+        for d, p, r in zip(w.domain_n, w.pass_n, w.row_n, strict=True)
+    ]
     assert len(set(seen)) == len(seen)
     sizes_d = run.schedule.catalog.num_rows_d
     for window in windows_of(run.schedule):
@@ -251,7 +259,9 @@ def test_the_place_of_a_row_can_be_found_back_at_any_size(
     size: int, offset: int, seed: int, block_rows: int, group_blocks: int
 ) -> None:
     """The inverse of the shuffle, worked out from the definition, returns every row to its place."""
-    geometry = Geometry(window_steps=1, batch_rows=32, seed=seed, block_rows=block_rows, group_blocks=group_blocks)
+    geometry = Geometry(
+        window_steps=1, batch_rows=32, seed=seed, block_rows=block_rows, group_blocks=group_blocks
+    )
     catalog = catalog_of_sizes([size])
     row = ScheduleRow(0, catalog, np.ones(1), np.array([32]), np.array([offset]), np.zeros(1))
     plan = plan_window(row, geometry)
@@ -309,7 +319,9 @@ def test_restored_at_any_step_the_tail_is_the_same(run: Run, data: st.DataObject
     tail = [
         pair
         for window in range(cursor.window, len(restored))
-        for pair in pairs(plan.window(window))[(cursor.step if window == cursor.window else 0) * geometry.batch_rows :]
+        for pair in pairs(plan.window(window))[
+            (cursor.step if window == cursor.window else 0) * geometry.batch_rows :
+        ]
     ]
     assert tail == whole[steps * geometry.batch_rows :]
 

@@ -36,7 +36,11 @@ def wandering(catalog: Catalog, windows: int, geometry: Geometry = GEOMETRY) -> 
 
 def assert_same(found: MixtureSchedule, wanted: MixtureSchedule) -> None:
     """Equal to the last bit."""
-    assert (found.catalog, found.geometry, found.plan_version) == (wanted.catalog, wanted.geometry, wanted.plan_version)
+    assert (found.catalog, found.geometry, found.plan_version) == (
+        wanted.catalog,
+        wanted.geometry,
+        wanted.plan_version,
+    )
     assert found.switches == wanted.switches
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted, strict=True):
@@ -53,7 +57,7 @@ def assert_same(found: MixtureSchedule, wanted: MixtureSchedule) -> None:
 def test_three_windows_by_hand() -> None:
     schedule = schedule_of(CATALOG, GEOMETRY, [mixture_of(0.1, 0.3, 0.6)] * 3)  # shares 0.8, 2.4, 4.8
     assert [row.counts_d.tolist() for row in schedule] == [[1, 2, 5], [1, 3, 4], [1, 2, 5]]
-    # The third window owes 0.4, 2.2, 5.4. The floors 0, 2, 5 leave one row, and the tie goes in catalog order.
+    # The third window owes 0.4, 2.2, 5.4. The floors 0, 2, 5 leave one row; the tie goes in catalog order.
     assert [row.offsets_d.tolist() for row in schedule] == [[0, 0, 0], [1, 2, 5], [2, 5, 9]]
     np.testing.assert_allclose(schedule.row(1).carry_d, [-0.2, 0.4, -0.2], rtol=0, atol=1e-12)
     assert schedule.row(2).next_offsets_d.tolist() == [3, 7, 14]
@@ -64,7 +68,9 @@ def test_three_windows_by_hand() -> None:
 def test_windows_that_are_not_there_are_refused() -> None:
     schedule = schedule_of(CATALOG, GEOMETRY, [relative([1, 1, 1])])
     for window in (-1, 1):
-        with pytest.raises(ScheduleError, match=f"window {window} is not in the schedule, which has 1. It ends here"):
+        with pytest.raises(
+            ScheduleError, match=f"window {window} is not in the schedule, which has 1. It ends here"
+        ):
             schedule.row(window)
 
 
@@ -128,7 +134,9 @@ def test_weights_that_sum_to_one_are_bound_to_the_last_bit() -> None:
     for seed in range(200):
         weights_d = np.random.default_rng(seed).random(50)
         mixture = Mixture(weights_d / math.fsum(weights_d))
-        assert MixtureSchedule(catalog_of_sizes([9] * 50), GEOMETRY).propose(mixture).mixture == mixture, f"seed {seed}"
+        assert MixtureSchedule(catalog_of_sizes([9] * 50), GEOMETRY).propose(mixture).mixture == mixture, (
+            f"seed {seed}"
+        )
 
 
 def test_limits_are_handed_on_and_what_they_change_is_recorded() -> None:
@@ -142,7 +150,9 @@ def test_a_domain_gives_exactly_its_rows_under_limits() -> None:
     schedule = MixtureSchedule(CATALOG, GEOMETRY)
     given_d = np.zeros(3, dtype=np.int64)
     for _ in range(12):
-        row = schedule.append(schedule.propose(mixture_of(0.4, 0.3, 0.3), limit_d=CATALOG.num_rows_d - given_d))
+        row = schedule.append(
+            schedule.propose(mixture_of(0.4, 0.3, 0.3), limit_d=CATALOG.num_rows_d - given_d)
+        )
         given_d = row.next_offsets_d
     assert given_d[0] == 10
     assert sorted(rows_of(schedule, 0)) == list(range(10))
@@ -176,7 +186,10 @@ def test_untouched_domains_keep_place_and_order_over_a_switch() -> None:
     schedule.extend(relative([1, 1, 1, 1, 1]), 3)  # goes on under the new catalog without saying so
     undisturbed = rows_of(schedule_of(CATALOG, GEOMETRY, [even] * 9), 0)
     given = [
-        row for window in windows_of(schedule) for place, row in pairs(window) if window.catalog.names[place] == "books"
+        row
+        for window in windows_of(schedule)
+        for place, row in pairs(window)
+        if window.catalog.names[place] == "books"
     ]
     assert len(given) > 10
     assert given == undisturbed[: len(given)]
@@ -187,7 +200,11 @@ def test_a_domain_that_returns_goes_on_where_it_was() -> None:
     left = schedule.row(2)
     schedule.extend(mixture_of(1.0), 4, catalog=catalog_of(code=30))
     row = schedule.append(schedule.propose(mixture_of(0.3, 0.3, 0.4), catalog=CATALOG))
-    assert row.offsets_d.tolist() == [left.next_offsets_d[0], left.next_offsets_d[1] + 32, left.next_offsets_d[2]]
+    assert row.offsets_d.tolist() == [
+        left.next_offsets_d[0],
+        left.next_offsets_d[1] + 32,
+        left.next_offsets_d[2],
+    ]
     assert row.carry_d[[0, 2]].tolist() == left.next_carry_d[[0, 2]].tolist()
     assert schedule.switches == [3, 7]
 
@@ -211,7 +228,9 @@ def test_the_first_window_may_have_another_catalog_than_the_header() -> None:
 
 def switching() -> MixtureSchedule:
     schedule = wandering(CATALOG, 2)
-    schedule.append(schedule.propose(relative([1, 2, 3, 4, 5]), catalog=AFTER, signals_through=0, reason="policy"))
+    schedule.append(
+        schedule.propose(relative([1, 2, 3, 4, 5]), catalog=AFTER, signals_through=0, reason="policy")
+    )
     schedule.append(schedule.propose(relative([5, 2, 3, 4, 5]), signals_through=1, reason="policy"))
     schedule.append(schedule.propose(relative([3, 2, 1]), catalog=CATALOG))
     return schedule
@@ -236,9 +255,16 @@ def test_text_restores_switches_and_signals() -> None:
 
 def test_hard_floats_and_whole_numbers_survive() -> None:
     tiny = 5e-324
-    schedule = schedule_of(CATALOG, GEOMETRY, [mixture_of(tiny, 1 / 3, 2 / 3), mixture_of(1e-300, 0.1 + 0.2, 0.7)])
+    schedule = schedule_of(
+        CATALOG, GEOMETRY, [mixture_of(tiny, 1 / 3, 2 / 3), mixture_of(1e-300, 0.1 + 0.2, 0.7)]
+    )
     far = ScheduleRow(
-        0, CATALOG, np.array([0.0, 0.1, 0.9]), np.array([0, 1, 7]), np.array([1 << 47, (1 << 62) + 1, 3]), np.zeros(3)
+        0,
+        CATALOG,
+        np.array([0.0, 0.1, 0.9]),
+        np.array([0, 1, 7]),
+        np.array([1 << 47, (1 << 62) + 1, 3]),
+        np.zeros(3),
     )
     assert_same(read(schedule.to_text()).schedule, schedule)
     line = json.loads(LineWriter.begin(schedule).lines(far))
@@ -253,8 +279,12 @@ def test_small_catalogs_are_written_by_name_and_large_ones_packed() -> None:
 
 
 def test_names_in_any_language_and_with_any_sign() -> None:
-    catalog = catalog_of(**{'"check":"': 3, "日本語": 5, 'a","check":"0123456789abcdef"}': 4, "back\\slash": 2, "é": 1})
-    schedule = MixtureSchedule(catalog, GEOMETRY).extend(relative([1] * 5), 2, reason='line\nbreak \u2028 "quoted"')
+    catalog = catalog_of(
+        **{'"check":"': 3, "日本語": 5, 'a","check":"0123456789abcdef"}': 4, "back\\slash": 2, "é": 1}
+    )
+    schedule = MixtureSchedule(catalog, GEOMETRY).extend(
+        relative([1] * 5), 2, reason='line\nbreak \u2028 "quoted"'
+    )
     assert_same(read(schedule.to_text()).schedule, schedule)
 
 
@@ -347,7 +377,9 @@ def test_lines_removed_swapped_or_doubled_are_found() -> None:
         doubled.insert(i, lines[i])
         swapped[i], swapped[i + 1] = lines[i + 1], lines[i]
         for changed, where in [(removed, i + 1), (doubled, i + 2), (swapped, i + 1)]:
-            with pytest.raises(ScheduleError, match=f"line {where} of the schedule is damaged, or lines before it"):
+            with pytest.raises(
+                ScheduleError, match=f"line {where} of the schedule is damaged, or lines before it"
+            ):
                 read("".join(changed))
     with pytest.raises(ScheduleError, match="line 1 of the schedule is damaged"):
         read("".join(lines[1:]))
@@ -390,7 +422,10 @@ def unsigned(text: str) -> list[dict[str, object]]:
 
 def test_the_check_is_the_chained_blake2b_of_the_lines() -> None:
     text = switching().to_text()
-    assert signed([json.dumps(value, separators=(",", ":"), ensure_ascii=False) for value in unsigned(text)]) == text
+    assert (
+        signed([json.dumps(value, separators=(",", ":"), ensure_ascii=False) for value in unsigned(text)])
+        == text
+    )
 
 
 @pytest.mark.parametrize(
@@ -404,8 +439,18 @@ def test_the_check_is_the_chained_blake2b_of_the_lines() -> None:
         (0, "geometry", {"seed": -1}, "the header of the schedule cannot be understood: .*seed is -1"),
         (0, "catalog", {}, "the header of the schedule cannot be understood: .*not a catalog"),
         (1, "window", 1, "line 2 of the schedule: row of window 1 does not follow.*window 0 comes next"),
-        (1, "offsets", {"books": 1, "code": 0, "web": 0}, "line 2 of the schedule: .*offset of 'books' is 1, 0 would"),
-        (1, "counts", {"books": 8, "code": 0}, r"line 2 of the schedule is not a row: .*\['web'\] do not fit the cat"),
+        (
+            1,
+            "offsets",
+            {"books": 1, "code": 0, "web": 0},
+            "line 2 of the schedule: .*offset of 'books' is 1, 0 would",
+        ),
+        (
+            1,
+            "counts",
+            {"books": 8, "code": 0},
+            r"line 2 of the schedule is not a row: .*\['web'\] do not fit the cat",
+        ),
         (1, "counts", {"books": 1 << 70, "code": 0, "web": 0}, "line 2 of the schedule is not a row"),
         (1, "counts", "AAAA", "line 2 of the schedule is not a row"),
         (1, "counts", "AAAAAAAAAAA=", "line 2 of the schedule is not a row: .*1 values for 3 domains"),
@@ -415,7 +460,9 @@ def test_the_check_is_the_chained_blake2b_of_the_lines() -> None:
         (3, "catalog", {"row_tokens": 5}, "line 4 of the schedule: not a catalog"),
     ],
 )
-def test_a_whole_line_that_makes_no_sense_is_refused(line: int, key: str, value: object, message: str) -> None:
+def test_a_whole_line_that_makes_no_sense_is_refused(
+    line: int, key: str, value: object, message: str
+) -> None:
     values = unsigned(switching().to_text())
     if value is ...:
         del values[line][key]
@@ -442,7 +489,9 @@ def test_a_file_of_format_one_is_read_for_ever() -> None:
     assert schedule.geometry == Geometry(window_steps=2, batch_rows=4, seed=5, block_rows=64, group_blocks=64)
     assert schedule.plan_version == 1
     assert schedule.catalog == CATALOG
-    assert [row.catalog.names for row in schedule] == [CATALOG.names] * 2 + [AFTER.names] * 2 + [CATALOG.names]
+    assert [row.catalog.names for row in schedule] == [CATALOG.names] * 2 + [AFTER.names] * 2 + [
+        CATALOG.names
+    ]
     assert [row.counts_d.tolist() for row in schedule] == [
         [0, 0, 8],
         [6, 0, 2],
@@ -477,7 +526,9 @@ def course(schedule: MixtureSchedule, fraction: float) -> np.ndarray:
     """The sum of the weights over the first part of a run, as a fraction of the run."""
     place = fraction * len(schedule)
     whole = min(int(place), len(schedule) - 1)
-    sum_d = np.sum([np.zeros(len(schedule.catalog)), *(row.weights_d for row in schedule.rows[:whole])], axis=0)
+    sum_d = np.sum(
+        [np.zeros(len(schedule.catalog)), *(row.weights_d for row in schedule.rows[:whole])], axis=0
+    )
     return (sum_d + (place - whole) * schedule.row(whole).weights_d) / len(schedule)
 
 
@@ -513,7 +564,9 @@ def test_shares_follow_the_fraction_of_the_run(windows: int, geometry: Geometry 
     assert stretched.geometry == (geometry or GEOMETRY)
     assert len(stretched) == windows
     for j in range(windows + 1):
-        np.testing.assert_allclose(course(stretched, j / windows), course(schedule, j / windows), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            course(stretched, j / windows), course(schedule, j / windows), rtol=0, atol=1e-12
+        )
     slots = stretched.geometry.window_slots
     asked_d = course(schedule, 1.0) * windows * slots
     assert np.abs(stretched.row(windows - 1).next_offsets_d - asked_d).max() < 1.0 + 1e-6
@@ -524,7 +577,9 @@ def test_what_cannot_be_stretched_is_refused() -> None:
         MixtureSchedule(CATALOG, GEOMETRY).stretch(5)
     with pytest.raises(ScheduleError, match="cannot stretch 3 windows to 0"):
         wandering(CATALOG, 3).stretch(0)
-    with pytest.raises(ScheduleError, match=r"cannot stretch a schedule that changes its catalog. Stretch its parts"):
+    with pytest.raises(
+        ScheduleError, match=r"cannot stretch a schedule that changes its catalog. Stretch its parts"
+    ):
         switching().stretch(5)
 
 
@@ -562,7 +617,10 @@ def test_another_geometry_is_refused(key: str, given: int) -> None:
             "the catalog is not the run's: domain 'code' had 30 rows and has 31. Use",
         ),
         (catalog_of(books=10, web=60), "the catalog is not the run's: domain 'code' was removed. Use"),
-        (catalog_of(books=10, code=30, web=60, zoo=1), "the catalog is not the run's: domain 'zoo' was added. Use"),
+        (
+            catalog_of(books=10, code=30, web=60, zoo=1),
+            "the catalog is not the run's: domain 'zoo' was added. Use",
+        ),
         (AFTER, "the catalog is not the run's: domain 'code' had 30 rows and has 25; domain 'web'"),
     ],
 )
@@ -582,7 +640,9 @@ def test_after_a_switch_the_new_catalog_is_the_one_to_resume_with() -> None:
 def test_another_plan_is_refused() -> None:
     schedule = replace(switching(), plan_version=plan.VERSION + 1)
     text = schedule.to_text()
-    with pytest.raises(ResumeError, match=f"planned by version {plan.VERSION + 1} of the plan, this is {plan.VERSION}"):
+    with pytest.raises(
+        ResumeError, match=f"planned by version {plan.VERSION + 1} of the plan, this is {plan.VERSION}"
+    ):
         read(text).schedule.check_resume(CATALOG, GEOMETRY)
 
 
