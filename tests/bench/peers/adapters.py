@@ -233,6 +233,7 @@ def litdata(bed: Bed, seat: Seat) -> Iterator[torch.Tensor]:
         batch_size=seat.batch_rows,
         num_workers=seat.workers,
         collate_fn=lambda rows: torch.stack(rows).to(torch.int64),
+        drop_last=True,
     )
     while True:
         yield from loader

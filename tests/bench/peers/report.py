@@ -102,7 +102,7 @@ def table(lines: list[Line]) -> str:
             setting = (line.processes, line.workers)
             text += ["", setting_name(*setting), head]
         if not line.runs:
-            text.append(f"{line.reader:<16} failed: {line.error.strip().splitlines()[-1][:120]}")
+            text.append(f"{line.reader:<16} failed: {_last_line(line.error)}")
             continue
         spread = f"({line.slowest:.1f}-{line.fastest:.1f})"
         checked = "WRONG" if line.is_wrong else f"{line.rows_checked}"
@@ -113,7 +113,13 @@ def table(lines: list[Line]) -> str:
             f"{line.private_mb:>8.0f} {line.first_batch_s:>8.3f} {f'{line.share_off:.4f}{mark}':>10} "
             f"{checked:>8}"
         )
+        if line.error:
+            text.append(f"{'':<16} and failed in another repetition: {_last_line(line.error)}")
     return "\n".join(text)
+
+
+def _last_line(error: str) -> str:
+    return (error.strip().splitlines() or ["without a word"])[-1][:160]
 
 
 def figures(lines: list[Line]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.bench.peers.bed import Bed, Seat
 from tests.bench.peers.consumer import Order
 
 REPOSITORY = Path(__file__).parents[3]
+GRACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +79,21 @@ def environment() -> dict[str, str]:
 
 
 def build(bed: Bed, layouts: Iterable[str]) -> None:
+    """Make what is not there yet, two at a time, and bring all of it into the page cache."""
     bed.save()
-    for layout in layouts:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda layout: _build(bed, layout), layouts))
+
+
+def _build(bed: Bed, layout: str) -> None:
+    if not bed.folder(layout).exists():
+        command = [sys.executable, "-m", corpora.__name__, str(bed.root), layout]
+        done = subprocess.run(
+            command, check=False, env=environment(), cwd=REPOSITORY, capture_output=True, text=True
+        )
         if not bed.folder(layout).exists():
-            command = [sys.executable, "-m", corpora.__name__, str(bed.root), layout]
-            done = subprocess.run(
-                command, check=False, env=environment(), cwd=REPOSITORY, capture_output=True, text=True
-            )
-            if not bed.folder(layout).exists():
-                raise RuntimeError(f"building {layout} failed:\n{done.stderr[-2000:]}")
-        corpora.read_once(bed, layout)
+            raise RuntimeError(f"building {layout} failed:\n{done.stderr[-2000:]}")
+    corpora.read_once(bed, layout)
 
 
 def free_port() -> int:
@@ -142,15 +149,28 @@ def _wait(processes: list[subprocess.Popen[bytes]], limit_s: float) -> None:
             break
         time.sleep(0.05)
     for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # a session of its own: workers that outlived it, too
-        process.wait()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a consumer and all that is left of its session: its workers, and the process by which Python
+    removes shared memory, which needs a moment for that and ignores SIGTERM."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        end = time.monotonic() + GRACE_S
+        while time.monotonic() < end:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _answer(answer: Path, log: Path, limit_s: float) -> dict[str, Any]:
     if answer.exists():
         return json.loads(answer.read_text())
-    return {"error": f"no answer within {limit_s:g} s, or killed: {log.read_text(errors='replace')[-400:]}"}
+    tail = log.read_text(errors="replace").strip()[-400:]
+    return {"error": f"{tail}\nno answer: it died, or its time of {limit_s:g} s was over"}
 
 
 def _together(answers: list[dict[str, Any]], bed: Bed) -> dict[str, Any]:
