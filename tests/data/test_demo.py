@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.prepare import PrepareConfig
+from mixer.run import RunConfig
 from mixer.config import load
 from mixer.data import demo
 from mixer.data.corpus import Corpus
@@ -88,7 +88,7 @@ def test_the_config_prepares(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/demo").mkdir(parents=True)
     (tmp_path / "data/demo/raw").symlink_to(made)
-    prepare(load(PrepareConfig, [CONFIG]).prepare, SerialRunner())
+    prepare(load(RunConfig, [CONFIG]).prepare, SerialRunner())
     train, targets, held_out = (
         Corpus.open(tmp_path / "data/demo" / name) for name in ("train", "targets", "validation")
     )
