@@ -9,30 +9,28 @@ with the shard and row named, and never trains.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixer.core.errors import DataError, ResumeError
-from mixer.core.plan import Cursor, Geometry, plan_window
+from mixer.core.plan import Cursor, Geometry, plan_windows
 from mixer.core.ports import MixtureFeed
-from mixer.core.schedule import MixtureSchedule
+from mixer.core.schedule import MixtureSchedule, ScheduleRow
 from mixer.data.corpus import CatalogRows
-from mixer.data.window import WindowRows, locate_window
+from mixer.data.window import RankRows, locate
 
 CHUNK_ROWS = 128  # rows copied at a time, so that they are still in cache when they are checked and widened
-
-
+AHEAD_SLOTS = 8192  # small windows of a saved schedule are planned together up to so many slots
 SPARE_ARRAYS = 4
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class Batch(NamedTuple):
     """One rank's rows of one step.
 
     `starts[starts_offsets[i] : starts_offsets[i + 1]]` are the positions in row i at which a document
@@ -42,18 +40,24 @@ class Batch:
 
     window: int
     step: int
-    tokens: NDArray[Any]  # (rows, row_tokens) int64, or the shards' own type
-    domain_index: NDArray[np.int32]  # catalog order
-    row: NDArray[np.int64]  # number inside the domain
-    length: NDArray[np.int32]
-    starts: NDArray[np.int32]
-    starts_offsets: NDArray[np.int64]
+    tokens: Any  # (rows, row_tokens) int64, or the shards' own type
+    domain_index: Any  # (rows,) int32, catalog order
+    row: Any  # (rows,) int64, number inside the domain
+    length: Any  # (rows,) int32
+    starts: Any  # int32
+    starts_offsets: Any  # (rows + 1,) int64
 
     def cursor(self, geometry: Geometry) -> Cursor:
         """Where to go on after this batch."""
-        if self.step + 1 < geometry.window_steps:
-            return Cursor(self.window, self.step + 1)
-        return Cursor(self.window + 1, 0)
+        return _after(self.window, self.step, geometry)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayForm:
+    """How batches hold their arrays: as numpy's, unless `split` and `one` make something else of them."""
+
+    split: Callable[[NDArray[Any]], Sequence[Any]] = list  # a stack of arrays into its parts
+    one: Callable[[NDArray[Any]], Any] = np.asarray
 
 
 class WindowReader:
@@ -75,23 +79,56 @@ class WindowReader:
         windows: int | None = None,
         prefetch_windows: int | None = None,
         widen: bool = True,
+        form: ArrayForm | None = None,
     ) -> None:
         geometry.rank_slots(rank, world_size)  # refuses what cannot be
         catalogs = [rows] if isinstance(rows, CatalogRows) else list(rows)
         if windows is None and isinstance(feed, MixtureSchedule):
             windows = len(feed)
+        is_mapped = all(one.is_mapped for one in catalogs)
         if prefetch_windows is None:  # a memory map needs no help, an object store does
-            prefetch_windows = 0 if all(one.is_mapped for one in catalogs) else 1
+            prefetch_windows = 0 if is_mapped else 1
         self.geometry = geometry
-        self.cursor = Cursor()
         self.windows = windows
+        self._at = Cursor()
         self._rows = {one.catalog.fingerprint: one for one in catalogs}
         self._feed = feed
         self._rank, self._world_size = rank, world_size
         self._prefetch_windows = prefetch_windows
+        self._together = 1
+        if isinstance(feed, MixtureSchedule) and is_mapped:  # what exists may be planned ahead
+            self._together = max(1, AHEAD_SLOTS // geometry.window_slots)
         self._widen = widen
+        self._form = form or ArrayForm()
+
+    def reading(self, *, widen: bool | None = None, form: ArrayForm | None = None) -> "WindowReader":
+        """The same reader giving its tokens, or all its arrays, in another type."""
+        reader = copy(self)
+        reader._widen = self._widen if widen is None else widen
+        reader._form = form or self._form
+        return reader
+
+    @property
+    def step_bytes(self) -> int:
+        """What a step's tokens take in the shards' own type."""
+        corpus = next(iter(self._rows.values())).corpus
+        return self._rows_a_step * corpus.manifest.layout.row_bytes
 
     # ---- state ---------------------------------------------------------------------------------
+
+    @property
+    def cursor(self) -> Cursor:
+        """The next step to be read."""
+        return self._at
+
+    @cursor.setter
+    def cursor(self, cursor: Cursor) -> None:
+        if cursor.window < 0 or not 0 <= cursor.step < self.geometry.window_steps:
+            raise ResumeError(
+                f"{cursor} is of another run: windows here have {self.geometry.window_steps} steps, counted from 0. "
+                "Use the state with the geometry it was saved under."
+            )
+        self._at = cursor
 
     def state_dict(self) -> dict[str, int]:
         """The cursor: good for any rank of any world size of the same run."""
@@ -99,21 +136,9 @@ class WindowReader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         try:
-            cursor = Cursor.from_dict(state)
+            self.cursor = Cursor.from_dict(state)
         except (KeyError, TypeError, ValueError) as error:
             raise ResumeError(f"reader state {state!r} is no cursor. It needs integers window and step.") from error
-        if cursor.window < 0 or not 0 <= cursor.step < self.geometry.window_steps:
-            raise ResumeError(
-                f"reader state {state!r} is of another run: its windows have {self.geometry.window_steps} steps, "
-                "counted from 0. Use the state with the geometry it was saved under."
-            )
-        self.cursor = cursor
-
-    def narrowed(self) -> "WindowReader":
-        """The same reader giving tokens in the shards' own type."""
-        reader = copy(self)
-        reader._widen = False
-        return reader
 
     # ---- batches -------------------------------------------------------------------------------
 
@@ -124,77 +149,92 @@ class WindowReader:
         """Batches from the cursor on; with several workers only this one's, dealt out in runs of steps."""
         window_steps = self.geometry.window_steps
         first = self.cursor.steps(self.geometry)
-        for window in self._windows_from(first // window_steps):
-            begin = window.plan.window * window_steps
-            steps = np.arange(max(first, begin), begin + window_steps)
+        for rows in self._stretches(first // window_steps):
+            begin = rows.first_window * window_steps
+            end = begin + len(rows) // self._rows_a_step
+            steps = np.arange(max(first, begin), end)
             mine = steps[(steps - first) // run % workers == worker]
-            for batch in _batches(window, mine - begin, self._widen):
-                self.cursor = batch.cursor(self.geometry)
+            for batch in self._batches(rows, mine - begin):
+                self._at = _after(batch.window, batch.step, self.geometry)
                 yield batch
 
-    def _windows_from(self, window: int) -> Iterator[WindowRows]:
-        """Windows in order; the next ones are loaded in a thread meanwhile, where that was asked for."""
+    @property
+    def _rows_a_step(self) -> int:
+        slots = self.geometry.rank_slots(self._rank, self._world_size)
+        return slots.stop - slots.start
+
+    def _stretches(self, window: int) -> Iterator[RankRows]:
+        """Windows in order, some at a time; the next are loaded in a thread meanwhile where that was asked for."""
         if self._prefetch_windows == 0:
             while self.windows is None or window < self.windows:
-                yield self._load(window)
-                window += 1
+                rows, window = self._load(window)
+                yield rows
             return
-        ahead: list[Future[WindowRows]] = []
+        ahead: list[Future[tuple[RankRows, int]]] = []
         pool = ThreadPoolExecutor(1, "mixer-reader")
         try:
             while True:
                 while len(ahead) <= self._prefetch_windows and (self.windows is None or window < self.windows):
-                    ahead.append(pool.submit(self._load, window))
+                    ahead.append(pool.submit(self._load, window, 1))
                     window += 1
                 if not ahead:
                     return
-                yield ahead.pop(0).result()
+                yield ahead.pop(0).result()[0]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, window: int) -> WindowRows:
-        row = self._feed.row(window)
-        if (rows := self._rows.get(row.catalog.fingerprint)) is None:
+    def _load(self, window: int, most: int | None = None) -> tuple[RankRows, int]:
+        """The rows of this window and, if they are there, of some more; and the window after them."""
+        first = self._feed.row(window)
+        if (rows := self._rows.get(first.catalog.fingerprint)) is None:
             raise DataError(
-                f"window {window} is bound to catalog {row.catalog.fingerprint[:12]}, and none of those given is it "
+                f"window {window} is bound to catalog {first.catalog.fingerprint[:12]}, and none of those given is it "
                 f"({', '.join(name[:12] for name in self._rows)}). Open that catalog too."
             )
-        return locate_window(plan_window(row, self.geometry), rows, self._rank, self._world_size)
+        chosen: list[ScheduleRow] = [first]
+        while len(chosen) < (most or self._together) and (self.windows is None or window + len(chosen) < self.windows):
+            row = self._feed.row(window + len(chosen))
+            if row.catalog.fingerprint != first.catalog.fingerprint:
+                break
+            chosen.append(row)
+        plans = plan_windows(chosen, self.geometry)
+        return locate(plans, rows, self._rank, self._world_size), window + len(chosen)
+
+    def _batches(self, rows: RankRows, step_n: NDArray[np.int64]) -> Iterator[Batch]:
+        """The batches of some steps; rows are copied and checked a chunk of steps at a time."""
+        num_rows, split, one = self._rows_a_step, self._form.split, self._form.one
+        place_nb = step_n[:, None] * num_rows + np.arange(num_rows)
+        first_n = rows.starts_offsets[step_n * num_rows]
+        offsets_nb = rows.starts_offsets[step_n[:, None] * num_rows + np.arange(num_rows + 1)] - first_n[:, None]
+        small = zip(
+            (rows.first_window + step_n // self.geometry.window_steps).tolist(),
+            (step_n % self.geometry.window_steps).tolist(),
+            split(rows.domain_n[place_nb]),
+            split(rows.row_n[place_nb]),
+            split(rows.length_n[place_nb]),
+            split(offsets_nb),
+            first_n.tolist(),
+            (first_n + offsets_nb[:, -1]).tolist(),
+            strict=True,
+        )
+        per_chunk = max(1, CHUNK_ROWS // num_rows)
+        narrow, wide = SpareArrays(rows.token_type), SpareArrays(np.dtype(np.int64))
+        for first in range(0, len(step_n), per_chunk):
+            places = place_nb[first : first + per_chunk].reshape(-1)
+            chunk = narrow.take(len(places), rows.row_tokens)
+            rows.copy_tokens(places, chunk)
+            for begin in range(0, len(places), num_rows):
+                window, step, domain, row, length, offsets, low, high = next(small)
+                tokens = chunk[begin : begin + num_rows]
+                if self._widen:
+                    wider = wide.take(num_rows, rows.row_tokens)
+                    wider[...] = tokens
+                    tokens = wider
+                yield Batch(window, step, one(tokens), domain, row, length, one(rows.starts[low:high]), offsets)
 
 
-def _batches(window: WindowRows, step_n: NDArray[np.int64], widen: bool) -> Iterator[Batch]:
-    """The batches of some steps of a window; rows are copied and checked a chunk of steps at a time."""
-    num_rows = len(window) // window.plan.geometry.window_steps
-    row_tokens = window.plan.catalog.row_tokens
-    per_chunk = max(1, CHUNK_ROWS // num_rows)
-    place_n = (step_n[:, None] * num_rows + np.arange(num_rows)).reshape(-1)
-    narrow, wide = SpareArrays(window.token_type), SpareArrays(np.dtype(np.int64))
-    for first in range(0, len(step_n), per_chunk):
-        steps = step_n[first : first + per_chunk].tolist()
-        places = place_n[first * num_rows : (first + len(steps)) * num_rows]
-        chunk = narrow.take(len(places), row_tokens)
-        window.copy_tokens(places, chunk)
-        for begin, step in zip(range(0, len(places), num_rows), steps, strict=True):
-            tokens = chunk[begin : begin + num_rows]
-            if widen:
-                tokens = wide.take(num_rows, row_tokens)
-                tokens[...] = chunk[begin : begin + num_rows]
-            yield _batch(window, step, num_rows, tokens)
-
-
-def _batch(window: WindowRows, step: int, num_rows: int, tokens: NDArray[Any]) -> Batch:
-    rows = slice(step * num_rows, (step + 1) * num_rows)
-    offsets = window.starts_offsets[rows.start : rows.stop + 1]
-    return Batch(
-        window.plan.window,
-        step,
-        tokens,
-        window.domain_n[rows],
-        window.row_n[rows],
-        window.length_n[rows],
-        window.starts[offsets[0] : offsets[-1]],
-        offsets - offsets[0],
-    )
+def _after(window: int, step: int, geometry: Geometry) -> Cursor:
+    return Cursor(window, step + 1) if step + 1 < geometry.window_steps else Cursor(window + 1, 0)
 
 
 class SpareArrays:
@@ -205,10 +245,10 @@ class SpareArrays:
         self._arrays: list[NDArray[Any]] = []
 
     def take(self, num_rows: int, row_tokens: int) -> NDArray[Any]:
-        for place in range(len(self._arrays)):
-            # Two references are ours: the list's and the call's. Views and tensors of an array hold it too.
-            if sys.getrefcount(self._arrays[place]) == 2 and len(self._arrays[place]) == num_rows:
-                return self._arrays[place]
+        for array in self._arrays:
+            # Three references are ours: the list's, this loop's, the call's. Views and tensors of an array hold it too.
+            if sys.getrefcount(array) == 3 and len(array) == num_rows:
+                return array
         if len(self._arrays) == SPARE_ARRAYS:
             self._arrays.pop(0)
         self._arrays.append(np.empty((num_rows, row_tokens), self._dtype))

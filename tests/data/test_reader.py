@@ -202,7 +202,7 @@ class TestRefusals:
     def test_a_state_of_another_geometry(
         self, corpus: Corpus, schedule: MixtureSchedule, state: dict[str, int]
     ) -> None:
-        with pytest.raises(ResumeError, match="windows have 4 steps"):
+        with pytest.raises(ResumeError, match="windows here have 4 steps"):
             WindowReader(corpus.by_source, schedule, GEOMETRY).load_state_dict(state)
 
     def test_going_past_the_schedule(self, corpus: Corpus, schedule: MixtureSchedule) -> None:
