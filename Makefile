@@ -76,7 +76,7 @@ $(bench_ready): pyproject.toml constraints.txt tests/bench/constraints.txt
 	@$(call make_venv,$(BENCH_VENV))
 	@rm -f $@
 	$(BENCH_VENV)/bin/python $(pip) torch==$(TORCH)
-	$(BENCH_VENV)/bin/python $(pip) -c tests/bench/constraints.txt -e '.[bench]'
+	$(BENCH_VENV)/bin/python $(pip) -c tests/bench/constraints.txt -e '.[bench]' pytest
 	@touch $@
 
 # $(call make_venv,FOLDER): a virtual environment, unless a finished one is there.

@@ -77,7 +77,7 @@ def load(tmp_path):
     return load_texts
 
 
-def refusal(load, *texts, overrides=(), schema=Options) -> str:
+def refusal(load, *texts, overrides=(), schema: type = Options) -> str:
     with pytest.raises(ConfigError) as caught:
         load(*texts, overrides=overrides, schema=schema)
     return str(caught.value)

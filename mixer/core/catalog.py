@@ -6,6 +6,7 @@ of ten, and everything in the core is O(domains).
 """
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixer.core.errors import DataError
+from mixer.core.permute import key_of
 
 MAX_ROWS = 1 << 48  # so that row arithmetic stays within int64 and row numbers within a float64
 
@@ -31,6 +33,8 @@ class Domain:
             raise DataError(
                 f"domain name {self.name!r} is empty, padded with spaces or not printable. Rename the domain."
             )
+        if not self.content.isprintable():
+            raise DataError(f"content {self.content!r} of domain {self.name!r} is not printable. Use a digest in hex.")
         if not 0 < self.num_rows <= MAX_ROWS:
             raise DataError(
                 f"domain {self.name!r} has {self.num_rows} rows; it needs 1 to {MAX_ROWS}. "
@@ -55,9 +59,11 @@ class Catalog:
             raise DataError("a catalog without domains. Give it at least one.")
         if self.row_tokens < 1:
             raise DataError(f"rows of {self.row_tokens} tokens; they need at least 1.")
-        names = [domain.name for domain in self.domains]
-        if len(set(names)) < len(names):
-            double = sorted({name for name in names if names.count(name) > 1})
+        if not self.tokenizer.isprintable():
+            raise DataError(f"tokenizer identity {self.tokenizer!r} is not printable. Use a digest in hex.")
+        names = Counter(domain.name for domain in self.domains)
+        if len(names) < len(self.domains):
+            double = sorted(name for name, times in names.items() if times > 1)
             raise DataError(f"domains named twice: {', '.join(double)}. Names must differ.")
         object.__setattr__(self, "domains", tuple(sorted(self.domains, key=lambda domain: domain.name)))
 
@@ -73,6 +79,13 @@ class Catalog:
         rows = np.array([domain.num_rows for domain in self.domains], dtype=np.int64)
         rows.flags.writeable = False
         return rows
+
+    @cached_property
+    def key_d(self) -> NDArray[np.uint64]:
+        """One key a domain for its shuffles, from its name alone."""
+        keys = np.array([key_of("domain", name) for name in self.names], dtype=np.uint64)
+        keys.flags.writeable = False
+        return keys
 
     @cached_property
     def index(self) -> dict[str, int]:

@@ -14,7 +14,11 @@ class ConfigError(MixerError):
 
 
 class InfeasibleError(ConfigError):
-    """Rules on the mixture that no mixture satisfies together; the text names them."""
+    """Rules that no mixture satisfies together; `rules` has the keys of those in the text."""
+
+    def __init__(self, text: str, rules: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.rules = rules
 
 
 class DataError(MixerError):

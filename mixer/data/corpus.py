@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mixer.core.catalog import Catalog, Domain
 from mixer.core.errors import DataError
 from mixer.data import documents, shards
-from mixer.data.manifest import MANIFEST, DomainInfo, Manifest, parse_manifest
+from mixer.data.manifest import MANIFEST, Manifest, parse_manifest
 from mixer.data.shards import Shard, ShardInfo
 from mixer.data.storage import READ_ERRORS, Storage, local_path
 
@@ -226,6 +226,14 @@ class CatalogRows:
     def shards(self) -> Sequence[ShardInfo]:
         return self.corpus.shards
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether tokens are memory-mapped; else they are fetched from an object store."""
+        return local_path(self.corpus.filesystem, self.corpus.root) is not None
+
+    def shard(self, number: int) -> Shard:
+        return self.corpus.shard(number)
+
     def spans_of(self, domain: int) -> NDArray[np.int64]:
         return self.spans_s3[self._first_span_d[domain] : self._first_span_d[domain + 1]]
 
@@ -325,14 +333,6 @@ def content_of(sha_n: np.ndarray, spans_s3: NDArray[np.int64]) -> str:
     records["start"] = spans_s3[:, START]
     records["stop"] = spans_s3[:, STOP]
     return hashlib.sha256(records.tobytes()).hexdigest()
-
-
-def domain_table(manifest: Manifest) -> list[tuple[str, DomainInfo, int]]:
-    """Per domain its entry and its bytes on disk, for people."""
-    return [
-        (name, domain, sum(shard.bytes for shard in domain.shards))
-        for name, domain in manifest.domains.items()
-    ]
 
 
 def _begins(num_d: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -360,6 +360,15 @@ class Shard:
     def starts(self) -> pa.Array:
         return self._small.column("starts")
 
+    @cached_property
+    def starts_flat(self) -> NDArray[np.int32]:
+        """All starts, one after the other; row r's are `starts_flat[starts_offsets[r] : starts_offsets[r + 1]]`."""
+        return self.starts.values.to_numpy(zero_copy_only=True)
+
+    @cached_property
+    def starts_offsets(self) -> NDArray[np.int32]:
+        return self.starts.offsets.to_numpy(zero_copy_only=True)
+
     def metadata(self, key: str) -> pa.Array:
         return self._small.column(key)
 

@@ -21,6 +21,7 @@ from mixer.data.shards import Rows, check_rows, faulty_row, flat_starts
 from mixer.data.storage import READ_ERRORS
 
 SHOWN_ROWS = 5
+SLICE_ROWS = 2048
 MAX_THREADS = 8
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -105,25 +106,38 @@ def _verify_rows(
     if nulls:
         facts.faults.append(f"{where} has empty values in {', '.join(nulls)}")
         return
-    tokenizer = corpus.manifest.tokenizer
     length = small.column("length").to_numpy()
     starts = small.column("starts")
     first_document = small.column("first_document").to_numpy()
     rows = Rows(tokens=tokens, length=length, starts=starts, first_document=first_document)
-    bad = np.flatnonzero(check_rows(tokens) != small.column("check").to_numpy())
-    facts.faults += _name_rows(where, bad, "does not add up to its check value")
-    bad = np.flatnonzero((tokens >= tokenizer.vocab_size).any(axis=1))
-    facts.faults += _name_rows(where, bad, f"has tokens outside of the vocabulary of {tokenizer.vocab_size}")
+    facts.faults += _verify_tokens(corpus, where, rows, small.column("check").to_numpy())
     fault = faulty_row(rows)
     if fault is not None:
         facts.faults.append(f"{where} row {fault[0]}: {fault[1]}")
         return
-    padding = np.arange(tokens.shape[1]) >= length[:, None]
-    bad = np.flatnonzero((padding & (tokens != tokenizer.eos)).any(axis=1))
-    facts.faults += _name_rows(where, bad, "has padding that is not EOS")
     facts.rows = len(tokens)
     facts.tokens = int(length.sum(dtype=np.int64))
     _collect_documents(rows, facts)
+
+
+def _verify_tokens(corpus: Corpus, where: str, rows: Rows, check: NDArray[np.uint64]) -> Iterator[str]:
+    """Check values, range and padding, a slice of rows at a time to spare memory."""
+    tokenizer = corpus.manifest.tokenizer
+    place = np.arange(rows.tokens.shape[1])
+    wrong = np.zeros((3, len(rows)), dtype=bool)
+    for first in range(0, len(rows), SLICE_ROWS):
+        part = slice(first, first + SLICE_ROWS)
+        tokens = rows.tokens[part]
+        wrong[0, part] = check_rows(tokens) != check[part]
+        wrong[1, part] = tokens.max(axis=1) >= tokenizer.vocab_size
+        is_short = rows.length[part] < len(place)
+        short = tokens[is_short]
+        is_padding = place >= rows.length[part][is_short, None]
+        wrong[2, part][is_short] = (is_padding & (short != tokenizer.eos)).any(axis=1)
+    yield from _name_rows(where, np.flatnonzero(wrong[0]), "does not add up to its check value")
+    outside = f"has tokens outside of the vocabulary of {tokenizer.vocab_size}"
+    yield from _name_rows(where, np.flatnonzero(wrong[1]), outside)
+    yield from _name_rows(where, np.flatnonzero(wrong[2]), "has padding that is not EOS")
 
 
 def _collect_documents(rows: Rows, facts: _Facts) -> None:

@@ -1,0 +1,172 @@
+"""Which row sits in which slot of which step: a pure function of (schedule row, geometry).
+
+A window has `window_steps * batch_rows` slots, step by step. The schedule row says how many rows of
+each domain it holds and how many that domain gave before; the plan
+
+1. spreads each domain's rows evenly over the window: the k-th of c rows is due at (k + phase) / c,
+   and slots are filled in order of what is due. Phases of domains with like counts are spaced by
+   the golden ratio, so that what one domain has too early another has too late;
+2. turns "the k-th row the domain ever gave" into a row number: pass k // num_rows, then the keyed
+   shuffle of that pass. Keys come from the run's seed, the domain's *name* and the pass, so a domain
+   keeps its order whatever happens to the others.
+
+Rank r of R takes of every step the slots [batch_rows * r // R, batch_rows * (r + 1) // R). Neither the
+number of ranks nor any clock, message or earlier call has a say in what a slot holds.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixer.core.catalog import Catalog
+from mixer.core.errors import ConfigError
+from mixer.core.permute import mix, shuffle
+
+if TYPE_CHECKING:
+    from mixer.core.ports import MixtureFeed
+    from mixer.core.schedule import ScheduleRow
+
+Ints = NDArray[np.int64]
+
+VERSION = 1  # raised whenever a rule changes that moves a row; golden plans are regenerated then
+GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """What, beside catalog and schedule, decides the place of every row."""
+
+    window_steps: int = 16
+    batch_rows: int = 64
+    seed: int = 0
+    block_rows: int = 64  # neighbouring rows that stay together when blocks are shuffled
+    group_blocks: int = 64  # shuffled blocks among which rows are then shuffled
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed is {self.seed}; it must be 0 to 2**63 - 1.")
+        for key in ("window_steps", "batch_rows", "block_rows", "group_blocks"):
+            if (value := getattr(self, key)) < 1:
+                raise ConfigError(f"{key} is {value}; it must be at least 1.")
+
+    @property
+    def window_slots(self) -> int:
+        return self.window_steps * self.batch_rows
+
+    def rank_slots(self, rank: int, world_size: int) -> slice:
+        """The slots of each step that are this rank's."""
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} of {world_size}; it must be 0 to {world_size - 1}.")
+        if world_size > self.batch_rows:
+            raise ConfigError(
+                f"{world_size} ranks share steps of batch_rows={self.batch_rows}; some would get no row. "
+                "Use at most as many ranks as rows."
+            )
+        return slice(self.batch_rows * rank // world_size, self.batch_rows * (rank + 1) // world_size)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cursor:
+    """The next step to train. The only position in the system."""
+
+    window: int = 0
+    step: int = 0
+
+    @classmethod
+    def at(cls, steps: int, geometry: Geometry) -> "Cursor":
+        """After so many steps from the start of the run."""
+        return cls(*divmod(steps, geometry.window_steps))
+
+    def steps(self, geometry: Geometry) -> int:
+        """How many steps lie before it."""
+        return self.window * geometry.window_steps + self.step
+
+    def after(self, steps: int, geometry: Geometry) -> "Cursor":
+        return Cursor.at(self.steps(geometry) + steps, geometry)
+
+    def to_dict(self) -> dict[str, int]:
+        return {"window": self.window, "step": self.step}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, int]) -> "Cursor":
+        return cls(int(value["window"]), int(value["step"]))
+
+
+@dataclass(frozen=True, slots=True)
+class WindowPlan:
+    """The rows of one window, slot by slot: `domain_n` in catalog order, `row_n` inside the domain."""
+
+    window: int
+    catalog: Catalog
+    geometry: Geometry
+    domain_n: NDArray[np.int32]
+    row_n: Ints
+    pass_n: Ints
+
+    def slots(self, step: int, rank: int = 0, world_size: int = 1) -> slice:
+        """One rank's slots of one step."""
+        if not 0 <= step < self.geometry.window_steps:
+            raise ConfigError(f"step {step} of a window of {self.geometry.window_steps} steps.")
+        part = self.geometry.rank_slots(rank, world_size)
+        begin = step * self.geometry.batch_rows
+        return slice(begin + part.start, begin + part.stop)
+
+    def rank_slots(self, rank: int, world_size: int) -> Ints:
+        """One rank's slots of all steps, in the order it trains them."""
+        part = self.geometry.rank_slots(rank, world_size)
+        slots = np.arange(self.geometry.window_slots).reshape(self.geometry.window_steps, -1)
+        return np.ascontiguousarray(slots[:, part]).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The rows of any window, in any order of asking, always the same."""
+
+    feed: "MixtureFeed"
+    geometry: Geometry
+
+    def window(self, window: int) -> WindowPlan:
+        return plan_window(self.feed.row(window), self.geometry)
+
+
+def plan_window(row: "ScheduleRow", geometry: Geometry) -> WindowPlan:
+    """Lay out one window. O(slots + domains), whatever the rows in the corpus or the place in the run."""
+    catalog = row.catalog
+    (domain_a,) = np.nonzero(row.counts_d)  # the domains that give rows in this window
+    count_a = row.counts_d[domain_a]
+    key_a = mix(catalog.key_d[domain_a], geometry.seed)
+    due_n, active_n, nth_n = _due(count_a, mix(key_a, ~row.window))
+    order_n = np.argsort(due_n, kind="stable")
+    active_n, nth_n = active_n[order_n], nth_n[order_n]
+
+    size_a = catalog.num_rows_d[domain_a]
+    given_n = row.offsets_d[domain_a][active_n] + nth_n
+    pass_n = given_n // size_a[active_n]
+    # A stream is one pass over one domain; most windows need one or two a domain.
+    first_pass_a = row.offsets_d[domain_a] // size_a
+    passes_a = (row.offsets_d[domain_a] + count_a - 1) // size_a - first_pass_a + 1
+    stream_of_a = np.cumsum(passes_a) - passes_a
+    active_s = np.repeat(np.arange(len(domain_a)), passes_a)
+    pass_s = first_pass_a[active_s] + np.arange(len(active_s)) - stream_of_a[active_s]
+    stream_n = stream_of_a[active_n] + pass_n - first_pass_a[active_n]
+    row_n = shuffle(
+        given_n - pass_n * size_a[active_n],
+        stream_n,
+        size_a[active_s],
+        mix(key_a[active_s], pass_s),
+        geometry.block_rows,
+        geometry.group_blocks,
+    )
+    return WindowPlan(row.window, catalog, geometry, domain_a[active_n].astype(np.int32), row_n, pass_n)
+
+
+def _due(count_a: Ints, key_a: NDArray[np.uint64]) -> tuple[NDArray[np.float64], Ints, Ints]:
+    """When each row of the window is due (0 to 1), and which row of which active domain it is."""
+    num = len(count_a)
+    phase_a = np.empty(num)
+    phase_a[np.lexsort((key_a, count_a))] = (np.arange(num) * GOLDEN + float(key_a.min()) / 2**64) % 1.0
+    active_n = np.repeat(np.arange(num), count_a)
+    nth_n = np.arange(len(active_n)) - np.repeat(np.cumsum(count_a) - count_a, count_a)
+    return (nth_n + phase_a[active_n]) / count_a[active_n], active_n, nth_n

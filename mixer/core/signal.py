@@ -1,0 +1,117 @@
+"""What the workers measured in one window, and how the parts of several ranks add up.
+
+Addition is exact: loss sums lie on a grid of 2^-20 nats (`on_grid` puts them there, once, per row),
+and every sum below 2^33 nats of such numbers is a float64 without rounding. So the total of a window
+is the same for any number of ranks and any order of adding, to the last bit.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mixer.core.errors import SignalError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+GRID = 2.0**20  # grid points a nat
+MOST = 2.0**33  # a sum beyond this many nats could be rounded
+
+
+def on_grid(loss: ArrayLike) -> Floats:
+    """Loss sums rounded to the grid on which addition is exact; what is not finite stays so."""
+    return np.rint(np.asarray(loss, dtype=np.float64) * GRID) / GRID
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Signal:
+    """Sums and counts of one window, per domain in catalog order. Adding two of one window is bookkeeping.
+
+    Rows whose loss was not finite are counted in `bad_rows_d` and in nothing else.
+    """
+
+    window: int
+    catalog: str  # fingerprint
+    loss_sum_d: Floats  # nats, summed over tokens
+    tokens_d: Ints
+    rows_d: Ints
+    bad_rows_d: Ints
+
+    def __post_init__(self) -> None:
+        size = len(self.loss_sum_d)
+        if self.window < 0:
+            raise SignalError(f"a signal of window {self.window}. Windows count from 0.")
+        for key in ("tokens_d", "rows_d", "bad_rows_d"):
+            value = getattr(self, key)
+            if value.dtype != np.int64 or value.shape != (size,) or (value < 0).any():
+                raise SignalError(f"{key} of window {self.window} must be {size} counts, found {value!r}.")
+        if self.loss_sum_d.dtype != np.float64 or not np.isfinite(self.loss_sum_d).all():
+            raise SignalError(f"loss sums of window {self.window} are not finite: {self.loss_sum_d!r}.")
+        if (np.abs(self.loss_sum_d) >= MOST).any():
+            raise SignalError(f"loss sums of window {self.window} reach {MOST:.0f} nats; no sum can be that large.")
+        if (on_grid(self.loss_sum_d) != self.loss_sum_d).any():
+            raise SignalError(f"loss sums of window {self.window} are off the grid. Put them through on_grid first.")
+
+    @classmethod
+    def from_rows(
+        cls,
+        window: int,
+        catalog: str,
+        num_domains: int,
+        domain_n: ArrayLike,
+        loss_sum_n: ArrayLike,
+        tokens_n: ArrayLike,
+    ) -> "Signal":
+        """The signal of single rows: each row's domain, its loss summed over tokens, and its tokens."""
+        domain = np.asarray(domain_n, dtype=np.int64)
+        if ((domain < 0) | (domain >= num_domains)).any():
+            raise SignalError(
+                f"rows of window {window} name domains {domain.min()} to {domain.max()}, the catalog has {num_domains}."
+            )
+        loss, tokens = on_grid(loss_sum_n), np.asarray(tokens_n, dtype=np.int64)
+        good = np.isfinite(loss)
+
+        def total(values: Ints) -> Ints:
+            out = np.zeros(num_domains, dtype=np.int64)
+            np.add.at(out, domain, values)
+            return out
+
+        loss_sum = np.zeros(num_domains)
+        np.add.at(loss_sum, domain[good], loss[good])
+        return cls(
+            window=window,
+            catalog=catalog,
+            loss_sum_d=loss_sum,
+            tokens_d=total(np.where(good, tokens, 0)),
+            rows_d=total(good.astype(np.int64)),
+            bad_rows_d=total((~good).astype(np.int64)),
+        )
+
+    def __add__(self, other: "Signal") -> "Signal":
+        if (self.window, self.catalog) != (other.window, other.catalog):
+            raise SignalError(
+                f"cannot add signals of window {self.window} (catalog {self.catalog[:12]}) and "
+                f"window {other.window} (catalog {other.catalog[:12]}). Add parts of one window only."
+            )
+        if len(self.loss_sum_d) != len(other.loss_sum_d):
+            raise SignalError(f"cannot add signals of {len(self.loss_sum_d)} and {len(other.loss_sum_d)} domains.")
+        return Signal(
+            window=self.window,
+            catalog=self.catalog,
+            loss_sum_d=self.loss_sum_d + other.loss_sum_d,
+            tokens_d=self.tokens_d + other.tokens_d,
+            rows_d=self.rows_d + other.rows_d,
+            bad_rows_d=self.bad_rows_d + other.bad_rows_d,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Signal):
+            return NotImplemented
+        return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    @property
+    def loss_d(self) -> Floats:
+        """Mean loss per token of each domain; NaN where a domain gave no token."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self.tokens_d > 0, self.loss_sum_d / self.tokens_d, np.nan)
