@@ -2,12 +2,12 @@
 
 A byte-level BPE with GPT-2's pattern first cuts a text into words (" the", " 42", "\\n\\n", ...) and then
 encodes each alone. Natural text has few different words, so a dictionary from word to the bytes of its
-ids answers nearly all of them, and a text's ids are one join. The library encodes only words not met before,
-so every id still is its own.
+ids answers nearly all of them, and a text's ids are one join. The library encodes only words not met
+before, so every id still is its own.
 
 That is exact as long as we cut only where the pattern cuts, and that is kept simple to see:
 
-- Where all is ASCII, `PATTERN` below is GPT-2's, with its classes \\p{L}, \\p{N} and \\s written out for ASCII.
+- Where all is ASCII, `PATTERN` below is GPT-2's, its classes \\p{L}, \\p{N} and \\s written out for ASCII.
 - A word that touches a character beyond ASCII is not judged here. From where it begins (a true cut) to
   the next space that follows a visible ASCII character (always a true cut: nothing in the pattern matches
   a visible character with white space after it), the stretch goes to the library as it is.

@@ -199,7 +199,7 @@ def main() -> None:
         path = record(
             figure="prepare against datasets.map",
             value=values,
-            unit="times the tokens a second of datasets.map with encode_batch_fast, same two cores, same tokenizer; "
+            unit="times the tokens a second of datasets.map with encode_batch_fast, same two cores; "
             "Ray's start-up counted for ours, load_dataset not counted for theirs",
             target=">= 1",
             met=strict >= 1,
