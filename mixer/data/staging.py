@@ -18,7 +18,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,6 +39,7 @@ from mixer.data.storage import TEMPORARY_SUFFIX, Storage, local_path, put
 SECTION_TOKENS = 1 << 23
 ENCODE_CHARS = 1 << 20  # documents are given to the tokenizer this much at a time
 READ_BYTES = 8 << 20
+MAX_OPEN = 256
 TRAIN, VALIDATION = 0, 1
 
 Group = tuple[Any, ...]
@@ -392,31 +394,37 @@ class StagedFiles:
         self._filesystem = filesystem
         self._root = root
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._open: dict[str, Any] = {}
+        self._open: OrderedDict[str, Any] = OrderedDict()  # the ones used last; a system grants so many maps
 
     def tokens(self, key: str, start: int, count: int) -> NDArray[Any]:
         """`count` tokens of a unit from its token number `start` on."""
         size = self._dtype.itemsize
-        content = self._file(f"{key}.tokens").read_at(count * size, start * size)
+        file = self._remembered(f"{key}.tokens", self._open_file)
+        content = file.read_at(count * size, start * size)
         if len(content) != count * size:
             raise DataError(f"{self._root}/{key}.tokens is shorter than it was. Run again.")
         return np.frombuffer(content, self._dtype)
 
     def documents(self, key: str, piece: Piece) -> pa.RecordBatch:
-        name = f"{key}.documents.arrow"
-        reader = self._open.get(f"{name} reader")
-        if reader is None:
-            reader = self._open[f"{name} reader"] = pa.ipc.open_file(self._file(name))
+        reader = self._remembered(
+            f"{key}.documents.arrow", lambda name: pa.ipc.open_file(self._open_file(name))
+        )
         return reader.get_batch(piece.section).slice(piece.first_document, piece.num_documents)
 
-    def _file(self, name: str) -> Any:
+    def _remembered(self, name: str, make: Callable[[str], Any]) -> Any:
         if name not in self._open:
-            path = f"{self._root}/{name}"
-            local = local_path(self._filesystem, path)
-            try:
-                self._open[name] = (
-                    self._filesystem.open_input_file(path) if local is None else pa.memory_map(str(local))
-                )
-            except OSError as error:
-                raise DataError(f"{path} is gone since it was written ({error}). Run again.") from error
+            self._open[name] = make(name)
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
         return self._open[name]
+
+    def _open_file(self, name: str) -> Any:
+        path = f"{self._root}/{name}"
+        local = local_path(self._filesystem, path)
+        try:
+            if local is None:
+                return self._filesystem.open_input_file(path)
+            return pa.memory_map(str(local))
+        except OSError as error:
+            raise DataError(f"{path} is gone since it was written ({error}). Run again.") from error

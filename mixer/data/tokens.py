@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mixer.core.errors import ConfigError
+from mixer.data import words
 from mixer.data.manifest import tokenizer_identity
 from mixer.data.shards import dtype_for
 
@@ -143,23 +144,37 @@ class FileTokenizer:
         )
         self.identity = tokenizer_identity(self.definition, self.eos)
         self._dtype = np.dtype(dtype_for(self.vocab_size))
+        by_words = words.applies_to(definition)
+        self._words = words.WordEncoder(self._encode_pieces, self._dtype) if by_words else None
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        parts = self._encode_by_words(texts) if self._words else self._encode_by_batches(texts)
+        end = np.array([self.eos], self._dtype)
+        flat: list[NDArray[Any]] = []
         length = np.ones(len(texts), dtype=np.int64)
-        parts: list[list[int]] = []
-        end = [self.eos]
+        for number, ids, is_last in parts:
+            length[number] += len(ids)
+            flat.append(ids)
+            if is_last:
+                flat.append(end)
+        return np.concatenate(flat) if flat else np.empty(0, self._dtype), length
+
+    def _encode_by_words(self, texts: Sequence[str]) -> Iterator[tuple[int, NDArray[Any], bool]]:
+        assert self._words is not None
+        for number, text in enumerate(texts):
+            pieces = pieces_of(text)
+            for place, piece in enumerate(pieces):
+                yield number, self._words.encode(piece), place == len(pieces) - 1
+
+    def _encode_by_batches(self, texts: Sequence[str]) -> Iterator[tuple[int, NDArray[Any], bool]]:
         for batch in _batches(texts):
-            encodings = self._tokenizer.encode_batch_fast(
-                [text for _, text, _ in batch], add_special_tokens=False
-            )
-            for (number, _, is_last), encoding in zip(batch, encodings, strict=True):
-                ids = encoding.ids
-                length[number] += len(ids)
-                parts.append(ids)
-                if is_last:
-                    parts.append(end)
-        total = int(length.sum())
-        return np.fromiter(itertools.chain.from_iterable(parts), self._dtype, total), length
+            encoded = self._encode_pieces([text for _, text, _ in batch])
+            for (number, _, is_last), ids in zip(batch, encoded, strict=True):
+                yield number, np.array(ids, self._dtype), is_last
+
+    def _encode_pieces(self, pieces: list[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([one for one in ids if one != self.eos], skip_special_tokens=False)

@@ -35,7 +35,8 @@ def test_bytes_and_eos():
 def test_bytes_come_back(texts):
     ids, length = ByteTokenizer().encode(texts)
     ends = np.cumsum(length)
-    assert [ByteTokenizer().decode(ids[end - n : end].tolist()) for n, end in zip(length, ends, strict=True)] == texts
+    found = [ids[end - n : end].tolist() for n, end in zip(length, ends, strict=True)]
+    assert [ByteTokenizer().decode(one) for one in found] == texts
 
 
 def test_a_trained_bpe_is_the_same_in_any_process(bpe):
