@@ -21,7 +21,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,9 +75,9 @@ class MixtureSchedule:
 
     catalog: Catalog
     geometry: Geometry
-    rows: list[ScheduleRow] = field(default_factory=list)
+    rows: list[ScheduleRow] = field(default_factory=list[ScheduleRow])
     plan_version: int = plan.VERSION
-    switches: list[int] = field(default_factory=list)  # windows whose catalog differs from the one before
+    switches: list[int] = field(default_factory=list[int])  # windows whose catalog is not that of the one before
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -389,7 +389,7 @@ def _parse(line: bytes, check_before: str, number: int) -> tuple[dict[str, Any],
         raise ScheduleError(f"line {number} of the schedule is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise ScheduleError(f"line {number} of the schedule is not a mapping.")
-    return value, rest[:CHECK_HEX].decode()
+    return cast(dict[str, Any], value), rest[:CHECK_HEX].decode()
 
 
 def _has_check(line: bytes, check_before: str) -> bool:
@@ -407,7 +407,8 @@ def _pack(values: Floats | Ints, catalog: Catalog) -> dict[str, float | int] | s
     return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
 
 
-def _unpack(value: dict[str, float | int] | str, catalog: Catalog, kind: type) -> NDArray[Any]:
+def _unpack(value: dict[str, float | int] | str, catalog: Catalog, kind: type[Any]) -> NDArray[Any]:
+    values: NDArray[Any]
     if isinstance(value, str):
         values = np.frombuffer(base64.b64decode(value, validate=True), dtype=np.dtype(kind).newbyteorder("<"))
         values = values.astype(kind)
