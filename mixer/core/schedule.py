@@ -468,7 +468,8 @@ def _pack(values: Floats | Ints, catalog: Catalog) -> dict[str, float | int] | s
     return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
 
 
-def _unpack(value: dict[str, float | int] | str, catalog: Catalog, kind: type) -> NDArray[Any]:
+def _unpack(value: dict[str, float | int] | str, catalog: Catalog, kind: type[Any]) -> NDArray[Any]:
+    values: NDArray[Any]
     if isinstance(value, str):
         values = np.frombuffer(base64.b64decode(value, validate=True), dtype=np.dtype(kind).newbyteorder("<"))
         values = values.astype(kind)

@@ -178,6 +178,15 @@ def test_a_dry_domain_stays_dry_and_is_not_owed_for_it() -> None:
     assert total_d.sum() == 400
 
 
+def test_a_dry_domain_gets_no_row_that_it_is_owed_from_before() -> None:
+    # Owed 0.6 and 7.4; of the remainders 0.6 is the larger, but there is nothing to give.
+    given = apportion(array(4.0, 4.0), array(0.6, -0.6), 8, limits(0, 100))
+    assert given.count_d.tolist() == [0, 8]
+    assert is_sound(given, array(0.6, -0.6), 8)
+    given = apportion(array(0.0, 8.0), array(0.6, -0.6), 8, limits(0, 100))
+    assert given.count_d.tolist() == [0, 8]
+
+
 def test_the_very_last_rows_can_be_had() -> None:
     carry_d = array(0.4, -0.4)
     given = apportion(array(4.0, 4.0), carry_d, 8, limits(3, 5))

@@ -7,7 +7,8 @@ from tests.golden.make import PATH, plans
 
 RULE = (
     "Rows have moved: runs that were begun before could not be continued. If that is meant, raise "
-    "Plan.VERSION (VERSION in mixer/core/plan.py) and regenerate with `python -m tests.golden.make` in the same commit."
+    "Plan.VERSION (VERSION in mixer/core/plan.py) and regenerate with `python -m tests.golden.make`, "
+    "all in one commit."
 )
 KEPT = json.loads(PATH.read_text(encoding="utf-8"))
 

@@ -2,6 +2,7 @@ import math
 import pickle
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from mixer.core.errors import SignalError
 from mixer.core.signal import GRID, MOST, Signal, on_grid
 
 
-def signal_of(window: int = 3, catalog: str = "c" * 64, **fields: list[float]) -> Signal:
+def signal_of(window: int = 3, catalog: str = "c" * 64, **fields: Any) -> Signal:
     values = {"loss_sum_d": [1.5, 0.0], "tokens_d": [10, 0], "rows_d": [1, 0], "bad_rows_d": [0, 2]} | fields
     return Signal(
         window=window,
@@ -79,17 +80,17 @@ def test_the_largest_sums_still_add_exactly() -> None:
     total = a + a
     assert total.loss_sum_d.tolist() == [MOST - 2 / GRID, 2 / GRID]
     with pytest.raises(SignalError, match="reach 8589934592 nats"):
-        total + a
+        _ = total + a
 
 
 def test_signals_of_different_windows_or_catalogs_do_not_add() -> None:
     with pytest.raises(SignalError, match=r"window 3 .* and window 4 .*Add parts of one window only"):
-        signal_of() + signal_of(window=4)
+        _ = signal_of() + signal_of(window=4)
     with pytest.raises(SignalError, match=r"catalog c{12}\) and window 3 \(catalog d{12}\)"):
-        signal_of() + signal_of(catalog="d" * 64)
+        _ = signal_of() + signal_of(catalog="d" * 64)
     three = signal_of(loss_sum_d=[0, 0, 0], tokens_d=[0, 0, 0], rows_d=[0, 0, 0], bad_rows_d=[0, 0, 0])
     with pytest.raises(SignalError, match="signals of 2 and 3 domains"):
-        signal_of() + three
+        _ = signal_of() + three
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_signals_of_different_windows_or_catalogs_do_not_add() -> None:
         ({"loss_sum_d": [0.1, 0]}, "off the grid. Put them through on_grid first"),
     ],
 )
-def test_what_is_no_measurement_is_refused(fields: dict[str, list[float]], message: str) -> None:
+def test_what_is_no_measurement_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(SignalError, match=message):
         signal_of(**fields)
 
