@@ -25,15 +25,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--out", help="the catalog file to write")
     top.add_argument("--show", metavar="FILE", help="print the domains of a catalog file, write nothing")
     top.add_argument("--by", default="", metavar="KEYS", help="metadata keys, as topic,quality")
-    top.add_argument(
-        "--within-source", action="store_true", help="put the source domain's name before the values"
-    )
+    top.add_argument("--within-source", action="store_true", help="put the source domain's name before the values")
     top.add_argument("--score", metavar="KEY", help="a metadata column of numbers to select rows by")
     top.add_argument("--cut", type=float, help="keep rows whose score is at least this")
     top.add_argument("--keep", choices=("above", "below"), default="above", help="which side of the cut")
-    top.add_argument(
-        "--top-share", type=float, help="of each new domain keep this share of its rows, the best"
-    )
+    top.add_argument("--top-share", type=float, help="of each new domain keep this share of its rows, the best")
     top.add_argument("--rows", metavar="FILE", help="a list of rows: domain or shard, row, perhaps name")
     top.add_argument("--drop-empty", action="store_true", help="leave out source domains without rows")
     add_storage(top)

@@ -12,18 +12,14 @@ from mixer.data.verify import verify
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "storage", "credentials come from the store's own variables and profiles"
-    )
+    group = parser.add_argument_group("storage", "credentials come from the store's own variables and profiles")
     group.add_argument("--storage-endpoint", help="of an S3-compatible store, as http://10.0.0.7:9000")
     group.add_argument("--storage-region")
     group.add_argument("--storage-anonymous", action="store_true")
 
 
 def storage_of(args: argparse.Namespace) -> Storage:
-    return Storage(
-        endpoint=args.storage_endpoint, region=args.storage_region, anonymous=args.storage_anonymous
-    )
+    return Storage(endpoint=args.storage_endpoint, region=args.storage_region, anonymous=args.storage_anonymous)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,9 +63,7 @@ def print_table(corpus: Corpus) -> int:
     keys = ", ".join(f"{key} ({kind})" for key, kind in sorted(manifest.layout.metadata.items())) or "none"
     tokenizer = manifest.tokenizer
     print(f"rows of {manifest.layout.row_tokens} tokens ({manifest.layout.dtype}); metadata: {keys}")
-    print(
-        f"tokenizer {tokenizer.kind} {tokenizer.identity[:16]} of {tokenizer.vocab_size}, EOS {tokenizer.eos}"
-    )
+    print(f"tokenizer {tokenizer.kind} {tokenizer.identity[:16]} of {tokenizer.vocab_size}, EOS {tokenizer.eos}")
     print(f"fingerprint {corpus.fingerprint}")
     return 0
 

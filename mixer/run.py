@@ -65,9 +65,7 @@ def open_rows(config: RunConfig) -> CatalogRows:
     return open_catalog(corpus, options.catalog) if options.catalog else corpus.by_source
 
 
-def moving_schedule(
-    catalog: Catalog, geometry: Geometry, rails: GuardRails, options: StreamOptions
-) -> MixtureSchedule:
+def moving_schedule(catalog: Catalog, geometry: Geometry, rails: GuardRails, options: StreamOptions) -> MixtureSchedule:
     """A whole schedule between two mixtures, within the guard rails."""
     natural = Mixture.natural(catalog)
     start = Mixture.from_dict(catalog, options.start, normalize=True) if options.start else natural

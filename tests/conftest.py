@@ -14,7 +14,5 @@ settings.register_profile("quick", max_examples=25, deadline=None, suppress_heal
 settings.register_profile(
     "ci", max_examples=300, deadline=None, suppress_health_check=_SLOW, print_blob=True, derandomize=True
 )
-settings.register_profile(
-    "thorough", max_examples=5_000, deadline=None, suppress_health_check=_SLOW, print_blob=True
-)
+settings.register_profile("thorough", max_examples=5_000, deadline=None, suppress_health_check=_SLOW, print_blob=True)
 settings.load_profile(os.environ.get("MIXER_HYPOTHESIS_PROFILE", "ci"))

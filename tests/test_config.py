@@ -129,9 +129,7 @@ def test_files_merge_left_to_right_and_overrides_come_last(load):
         "seed: 2\nrails: {cap: 0.6}\nsizes: [4]\nlimit: null\nguard: null",
         overrides=["seed=3", "rails.floor=0.2", "rails.floor=0.3", "output=x=y"],
     )
-    assert options == Options(
-        output="x=y", seed=3, rails=Rails(floor=0.3, cap=0.6), sizes=[4], limit=None, guard=None
-    )
+    assert options == Options(output="x=y", seed=3, rails=Rails(floor=0.3, cap=0.6), sizes=[4], limit=None, guard=None)
 
 
 def test_an_empty_file_says_nothing(load):
@@ -285,9 +283,7 @@ def test_a_comment_may_speak_of_interpolation(load):
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"nowhere\.yaml is not a file. Name one; those that come with mixer lie in"
-    ):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml is not a file. Name one; those that come with mixer lie in"):
         config.load(Options, [tmp_path / "nowhere.yaml"])
     with pytest.raises(ConfigError, match="is not a file"):
         config.load(Options, [tmp_path])

@@ -70,9 +70,7 @@ def broken_rules(sources: Mapping[str, str]) -> list[str]:
         if floor is None:
             found.append(f"{file}:1: {module} lies on no floor; name its floor in tests/test_floors.py")
             continue
-        uses = list(
-            uses_of(tree, package=module if file.endswith("__init__.py") else module.rpartition(".")[0])
-        )
+        uses = list(uses_of(tree, package=module if file.endswith("__init__.py") else module.rpartition(".")[0]))
         for use in uses:
             found += [f"{file}:{use.line}: {rule}" for rule in broken_by(use, file, floor)]
             target = use.name if use.name in modules else use.name.rpartition(".")[0]

@@ -1,10 +1,10 @@
 """Every command of README.md runs, and every file it names is there.
 
-A line of a ```sh block is a command; a trailing backslash continues it. A ```python block is a program. They run in a copy of the
-project's files, one after another, so that later ones find what earlier ones made. `make` targets are checked
-to exist: each is a command of its own that is run by hand and by CI. A block that cannot run here says so
-before it opens: `<!-- not run: reason -->`; one that needs minutes or Ray, `<!-- run: slow -->` or
-`<!-- run: ray -->`.
+A line of a ```sh block is a command; a trailing backslash continues it. A ```python block is a program. They
+run in a copy of the project's files, one after another, so that later ones find what earlier ones made. `make`
+targets are checked to exist: each is a command of its own that is run by hand and by CI. A block that cannot
+run here says so before it opens: `<!-- not run: reason -->`; one that needs minutes or Ray,
+`<!-- run: slow -->` or `<!-- run: ray -->`.
 """
 
 import os
@@ -19,9 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FENCE = re.compile(
-    r"(?:<!-- *(?P<note>[^>]*?) *-->\n+)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S
-)
+FENCE = re.compile(r"(?:<!-- *(?P<note>[^>]*?) *-->\n+)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 TARGET = re.compile(r"^(?P<name>[a-z][a-z-]*):", re.M)
 LIMIT_S = 600
 
@@ -59,9 +57,7 @@ BLOCKS = [
     pytest.param(
         block,
         id=f"line{block.line}",
-        marks=[getattr(pytest.mark, block.note.removeprefix("run: "))]
-        if block.note.startswith("run: ")
-        else [],
+        marks=[getattr(pytest.mark, block.note.removeprefix("run: "))] if block.note.startswith("run: ") else [],
     )
     for block in blocks_of(README)
 ]
@@ -92,15 +88,11 @@ def environment(tmp_path_factory) -> dict[str, str]:
 def test_every_command_of_the_readme_runs(block: Block, project, environment):
     if block.note.startswith("not run: "):
         pytest.skip(block.note)
-    assert not block.note or block.note.startswith("run: "), (
-        f"README.md:{block.line}: {block.note!r} is no note"
-    )
+    assert not block.note or block.note.startswith("run: "), f"README.md:{block.line}: {block.note!r} is no note"
     for command in block.commands:
         if command.split()[0] == "make":
             missing = unknown_targets(command, make_targets())
-            assert not missing, (
-                f"README.md:{block.line}: {command!r} names no target of the Makefile: {missing}"
-            )
+            assert not missing, f"README.md:{block.line}: {command!r} names no target of the Makefile: {missing}"
             continue
         done = subprocess.run(
             ["sh", "-ec", command],

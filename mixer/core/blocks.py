@@ -63,8 +63,7 @@ class Places:
                 ratios = np.array([block.ratios[catalog.names[member]] for member in members.tolist()])
             if not ratios.any():
                 raise ConfigError(
-                    f"frozen.{block_name}: the prior gives its domains nothing, so they have no ratios. "
-                    "State `ratios`."
+                    f"frozen.{block_name}: the prior gives its domains nothing, so they have no ratios. State `ratios`."
                 )
             ratios = relative(ratios)
             self.rho_d[members] = ratios / math.fsum(ratios)

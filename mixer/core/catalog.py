@@ -110,8 +110,7 @@ class Catalog:
     def from_dict(cls, value: dict[str, Any]) -> "Catalog":
         try:
             domains = tuple(
-                Domain(name, int(entry["num_rows"]), str(entry["content"]))
-                for name, entry in value["domains"].items()
+                Domain(name, int(entry["num_rows"]), str(entry["content"])) for name, entry in value["domains"].items()
             )
             return cls(int(value["row_tokens"]), str(value["tokenizer"]), domains)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -130,9 +129,7 @@ class Catalog:
         lines += [f"domain {name!r} was added" for name in after if name not in before]
         for name in before.keys() & after.keys():
             if before[name].num_rows != after[name].num_rows:
-                lines.append(
-                    f"domain {name!r} had {before[name].num_rows} rows and has {after[name].num_rows}"
-                )
+                lines.append(f"domain {name!r} had {before[name].num_rows} rows and has {after[name].num_rows}")
             elif before[name].content != after[name].content:
                 lines.append(
                     f"domain {name!r} has other rows (content {before[name].content[:12]} "

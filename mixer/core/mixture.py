@@ -34,9 +34,7 @@ class Mixture:
         try:
             given = np.asarray(self.weights_d, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"weights {self.weights_d!r} are not numbers. Give every domain one."
-            ) from error
+            raise ConfigError(f"weights {self.weights_d!r} are not numbers. Give every domain one.") from error
         if given.ndim != 1 or not given.size:
             raise ConfigError(f"weights of shape {given.shape}; they need one axis, with a number a domain.")
         _refuse_bad(given, range(given.size))
@@ -112,18 +110,14 @@ def unknown_domain(name: str, known: Iterable[str]) -> str:
 def _refuse_bad(weights_d: NDArray[np.float64], names: Sequence[object]) -> None:
     finite_d = np.isfinite(weights_d)
     if not finite_d.all():
-        raise ConfigError(
-            f"weights that are not finite: {_picked(weights_d, names, ~finite_d)}. Give numbers >= 0."
-        )
+        raise ConfigError(f"weights that are not finite: {_picked(weights_d, names, ~finite_d)}. Give numbers >= 0.")
     if (weights_d < 0).any():
         raise ConfigError(
             f"negative weights: {_picked(weights_d, names, weights_d < 0)}. They need to be >= 0; "
             "0 leaves a domain out."
         )
     if not weights_d.any():
-        raise ConfigError(
-            f"all {weights_d.size} weights are 0, so no domain would give a row. Give one some weight."
-        )
+        raise ConfigError(f"all {weights_d.size} weights are 0, so no domain would give a row. Give one some weight.")
 
 
 def _refuse_sum(weights_d: NDArray[np.float64], names: Sequence[object]) -> None:

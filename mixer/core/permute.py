@@ -56,9 +56,7 @@ def unscramble(place_n: Ints, size_n: Ints, key_n: Keys) -> Ints:
     return _walk(value_n, base_n, size_n, key_n, backwards, -1)
 
 
-def shuffle(
-    place_n: Ints, stream_n: Ints, size_s: Ints, key_s: Keys, block_rows: int, group_blocks: int
-) -> Ints:
+def shuffle(place_n: Ints, stream_n: Ints, size_s: Ints, key_s: Keys, block_rows: int, group_blocks: int) -> Ints:
     """The row at each place of its stream: a pass over `size` rows, shuffled by blocks, then in groups.
 
     `stream_n` says for each place which of the streams (sizes, keys) it belongs to.

@@ -118,8 +118,7 @@ class GuardRails:
             for name in block.domains:
                 if name in owner:
                     raise ConfigError(
-                        f"domain {name!r} is in two frozen blocks, {owner[name]!r} and {block_name!r}. "
-                        "Leave it in one."
+                        f"domain {name!r} is in two frozen blocks, {owner[name]!r} and {block_name!r}. Leave it in one."
                     )
                 owner[name] = block_name
 
@@ -294,9 +293,7 @@ class BoundRails:
         text = f"{_summed(rules, hi_r, 'allows')} < 1"
         if not hi_r.any() and not most_d.any():
             text = f"every domain is exhausted: {_summed(rules, hi_r, 'allows')}"
-        advice = (
-            f" (1 is {slots} rows). Raise what allows least, or shorten the run." if slots else ". Raise it."
-        )
+        advice = f" (1 is {slots} rows). Raise what allows least, or shorten the run." if slots else ". Raise it."
         raise _infeasible(text + advice, rules)
 
     def _lower_rule(self, place: int, window_slots: int) -> str:

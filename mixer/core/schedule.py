@@ -19,7 +19,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -81,7 +81,9 @@ class MixtureSchedule:
     plan_version: int = plan.VERSION
     switches: list[int] = field(default_factory=list[int], init=False)  # windows with another catalog than before
     # Rows, or what makes them: those of a saved schedule are decoded when they are first asked for.
-    _rows: list[ScheduleRow | Callable[[], ScheduleRow]] = field(default_factory=list, init=False, repr=False)
+    _rows: list[ScheduleRow | Callable[[], ScheduleRow]] = field(
+        default_factory=list[ScheduleRow | Callable[[], ScheduleRow]], init=False, repr=False
+    )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -136,9 +138,7 @@ class MixtureSchedule:
             weights_d = given.share_d / slots
         for array in (weights_d, given.count_d, offsets_d, carry_d):
             array.flags.writeable = False
-        return ScheduleRow(
-            len(self), catalog, weights_d, given.count_d, offsets_d, carry_d, signals_through, reason
-        )
+        return ScheduleRow(len(self), catalog, weights_d, given.count_d, offsets_d, carry_d, signals_through, reason)
 
     def append(self, row: ScheduleRow) -> ScheduleRow:
         """Write `row`, if it follows from the one before it."""
@@ -426,7 +426,7 @@ def _decode(line: bytes, number: int, read_row: _RowReader, catalog: Catalog, wi
 
 
 @contextmanager
-def _reading(number: int) -> Iterator[None]:
+def _reading(number: int) -> Generator[None]:
     """Puts the number of the line before whatever is wrong with it."""
     try:
         yield

@@ -36,9 +36,7 @@ KEYS = ("format", "corpus", "made_by", "sources", "domains", "check")
 Spans = NDArray[np.int64]
 
 
-def save_catalog(
-    rows: CatalogRows, path: str | os.PathLike[str], made_by: Mapping[str, Any] | None = None
-) -> None:
+def save_catalog(rows: CatalogRows, path: str | os.PathLike[str], made_by: Mapping[str, Any] | None = None) -> None:
     """Write a catalog file, whole or not at all."""
     target = Path(path).absolute()
     put(pafs.LocalFileSystem(), str(target.parent), target.name, _text(to_dict(rows, made_by)).encode())
@@ -49,13 +47,9 @@ def open_catalog(corpus: Corpus, path: str | os.PathLike[str]) -> CatalogRows:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(
-            f"catalog {path} is missing. Give the path of a file that `mixer catalog` wrote."
-        ) from error
+        raise DataError(f"catalog {path} is missing. Give the path of a file that `mixer catalog` wrote.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"catalog {path} cannot be read: {error}. Make it again with `mixer catalog`."
-        ) from error
+        raise DataError(f"catalog {path} cannot be read: {error}. Make it again with `mixer catalog`.") from error
     try:
         return from_dict(corpus, value)
     except DataError as error:
@@ -83,9 +77,7 @@ def from_dict(corpus: Corpus, value: object) -> CatalogRows:
     if not isinstance(value, dict) or not isinstance(value.get("format"), int):
         raise DataError("this is not a catalog file. Make it with `mixer catalog`.")
     if value["format"] > FORMAT:
-        raise DataError(
-            f"it has format {value['format']}; this version reads up to {FORMAT}. Use a newer mixer."
-        )
+        raise DataError(f"it has format {value['format']}; this version reads up to {FORMAT}. Use a newer mixer.")
     damaged = "It was edited or damaged: make it again with `mixer catalog`."
     if set(value) != set(KEYS) or value["check"] != _check({key: value[key] for key in KEYS[:-1]}):
         raise DataError(f"its content does not match its check value. {damaged}")
@@ -113,9 +105,7 @@ def from_dict(corpus: Corpus, value: object) -> CatalogRows:
             ):
                 raise DataError(f"domain {name!r} lists rows that no shard has. {damaged}")
             if count_rows(part) != entry["rows"]:
-                raise DataError(
-                    f"domain {name!r} lists {count_rows(part)} rows and says {entry['rows']}. {damaged}"
-                )
+                raise DataError(f"domain {name!r} lists {count_rows(part)} rows and says {entry['rows']}. {damaged}")
             spans[name] = part
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"its domains cannot be read: {error!r}. {damaged}") from error

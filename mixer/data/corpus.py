@@ -45,9 +45,7 @@ class Document(NamedTuple):
 class Corpus:
     """An opened corpus. Immutable; pickles as its manifest and place, and opens shards when they are used."""
 
-    def __init__(
-        self, manifest: Manifest, filesystem: pafs.FileSystem, root: str, *, drop_empty: bool = False
-    ):
+    def __init__(self, manifest: Manifest, filesystem: pafs.FileSystem, root: str, *, drop_empty: bool = False):
         self.manifest = manifest
         self.filesystem = filesystem
         self.root = root.rstrip("/")
@@ -157,9 +155,7 @@ class Corpus:
         if domain not in self._documents:
             info = self.manifest.domains[domain].documents_file
             if info is None:
-                raise DataError(
-                    f"domain {domain!r} of {self.root} lists no documents. Prepare the corpus again."
-                )
+                raise DataError(f"domain {domain!r} of {self.root} lists no documents. Prepare the corpus again.")
             self._documents[domain] = documents.read(self.filesystem, self.root, info)
         return self._documents[domain]
 
@@ -249,13 +245,10 @@ class CatalogRows:
             first = int(np.flatnonzero(bad)[0])
             domain, row = int(domain_n[first]), int(row_n[first])
             if not 0 <= domain < num_domains:
-                raise DataError(
-                    f"domain number {domain} of {num_domains}. Use the catalog that the rows belong to."
-                )
+                raise DataError(f"domain number {domain} of {num_domains}. Use the catalog that the rows belong to.")
             name, num_rows = self.catalog.names[domain], int(self.catalog.num_rows_d[domain])
             raise DataError(
-                f"row {row} of domain {name!r}, which has {num_rows}. Use the catalog that the rows "
-                "belong to."
+                f"row {row} of domain {name!r}, which has {num_rows}. Use the catalog that the rows belong to."
             )
         place_n = self._base_d[domain_n] + row_n
         span_n = np.searchsorted(self._begin_s, place_n, side="right") - 1
@@ -297,13 +290,10 @@ def read_manifest(filesystem: pafs.FileSystem, root: str) -> Manifest:
         value = json.loads(text, object_pairs_hook=_refuse_double_keys)
     except FileNotFoundError as error:
         raise DataError(
-            f"{where} is missing: this is no corpus, or its preparation was not finished. Run "
-            "`mixer prepare`."
+            f"{where} is missing: this is no corpus, or its preparation was not finished. Run `mixer prepare`."
         ) from error
     except (ValueError, RecursionError, *READ_ERRORS) as error:
-        raise DataError(
-            f"{where} is not a manifest: {error}. Restore it, or prepare the corpus again."
-        ) from error
+        raise DataError(f"{where} is not a manifest: {error}. Restore it, or prepare the corpus again.") from error
     try:
         return parse_manifest(value)
     except DataError as error:
@@ -347,9 +337,7 @@ def _require_disjoint(rows: CatalogRows) -> None:
     double = np.flatnonzero((before[:, SHARD] == after[:, SHARD]) & (after[:, START] < before[:, STOP]))
     if len(double):
         pair = order[double[0]], order[double[0] + 1]
-        names = [
-            rows.catalog.names[int(np.searchsorted(rows._first_span_d, s, side="right")) - 1] for s in pair
-        ]
+        names = [rows.catalog.names[int(np.searchsorted(rows._first_span_d, s, side="right")) - 1] for s in pair]
         shard, row = after[double[0], SHARD], after[double[0], START]
         raise DataError(
             f"row {row} of shard {rows.shards[int(shard)].path} is in domain {names[0]!r} and again in "

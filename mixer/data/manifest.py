@@ -97,9 +97,7 @@ class Manifest:
                     "skipped": dict(sorted(domain.skipped.items())),
                     "sources": list(domain.sources),
                     "shards": [_plain(shard) for shard in domain.shards],
-                    "documents_file": None
-                    if domain.documents_file is None
-                    else _plain(domain.documents_file),
+                    "documents_file": None if domain.documents_file is None else _plain(domain.documents_file),
                 }
                 for name, domain in self.domains.items()
             },
@@ -145,9 +143,7 @@ def tokenizer_identity(text: str, eos: int) -> str:
 def slug(domain: str) -> str:
     """A folder name for a domain: itself where that is harmless, else a likeness and a few hash digits."""
     tame = re.sub(r"[^a-z0-9._-]+", "-", domain.lower())[:MAX_SLUG].strip("-.")
-    return (
-        tame if tame == domain else f"{tame or 'domain'}-{hashlib.sha256(domain.encode()).hexdigest()[:10]}"
-    )
+    return tame if tame == domain else f"{tame or 'domain'}-{hashlib.sha256(domain.encode()).hexdigest()[:10]}"
 
 
 def shard_path(domain: str, number: int) -> str:
@@ -173,9 +169,7 @@ def parse_manifest(value: object) -> Manifest:
         raise DataError(
             f"manifest of format {version}; this version reads up to {FORMAT}. Use a newer version of mixer."
         )
-    _keys(
-        top, "manifest", ("format", "row_tokens", "dtype", "tokenizer", "metadata", "domains", "fingerprint")
-    )
+    _keys(top, "manifest", ("format", "row_tokens", "dtype", "tokenizer", "metadata", "domains", "fingerprint"))
     metadata = {
         _text(key, "metadata"): _text(kind, f"metadata.{key}")
         for key, kind in _mapping(top["metadata"], "metadata").items()
@@ -190,9 +184,7 @@ def parse_manifest(value: object) -> Manifest:
         raise DataError(f"manifest: {error}") from error
     tokenizer = _tokenizer(_mapping(top["tokenizer"], "tokenizer"))
     if layout.dtype != dtype_for(tokenizer.vocab_size):
-        raise _wrong(
-            "dtype", layout.dtype, f"{dtype_for(tokenizer.vocab_size)} for {tokenizer.vocab_size} tokens"
-        )
+        raise _wrong("dtype", layout.dtype, f"{dtype_for(tokenizer.vocab_size)} for {tokenizer.vocab_size} tokens")
     domains = {
         name: _domain(_mapping(entry, f"domains.{name}"), f"domains.{name}", layout)
         for name, entry in _mapping(top["domains"], "domains").items()
@@ -242,16 +234,12 @@ def _domain(entry: Mapping[str, Any], where: str, layout: Layout) -> DomainInfo:
             _text(key, where): _count(number, f"{where}.skipped.{key}")
             for key, number in _mapping(entry["skipped"], f"{where}.skipped").items()
         },
-        sources=tuple(
-            _text(item, f"{where}.sources") for item in _list(entry["sources"], f"{where}.sources")
-        ),
+        sources=tuple(_text(item, f"{where}.sources") for item in _list(entry["sources"], f"{where}.sources")),
         shards=shards,
         documents_file=None if file is None else _file(_mapping(file, f"{where}.documents_file"), where),
     )
     if sum(shard.rows for shard in shards) != domain.rows:
-        raise _wrong(
-            f"{where}.rows", domain.rows, f"the sum over its shards, {sum(shard.rows for shard in shards)}"
-        )
+        raise _wrong(f"{where}.rows", domain.rows, f"the sum over its shards, {sum(shard.rows for shard in shards)}")
     if domain.tokens + domain.padding != domain.rows * layout.row_tokens:
         raise _wrong(
             f"{where}: tokens + padding",
@@ -274,9 +262,7 @@ def _shard(entry: Mapping[str, Any], where: str, layout: Layout) -> ShardInfo:
     if shard.rows == 0:
         raise _wrong(f"{where}.rows", 0, "at least 1: a shard without rows is left out")
     if shard.tokens_offset + shard.rows * layout.row_bytes + MIN_SHARD_BYTES > shard.bytes:
-        raise _wrong(
-            f"{where}.bytes", shard.bytes, f"room for {shard.rows} rows from byte {shard.tokens_offset} on"
-        )
+        raise _wrong(f"{where}.bytes", shard.bytes, f"room for {shard.rows} rows from byte {shard.tokens_offset} on")
     return shard
 
 
@@ -344,9 +330,7 @@ def _keys(entry: Mapping[str, Any], where: str, known: Iterable[str]) -> None:
     for key in entry:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, 1)
-            raise _wrong(
-                where, f"the key {key!r}", f"{nearest[0]!r}, perhaps" if nearest else ", ".join(known)
-            )
+            raise _wrong(where, f"the key {key!r}", f"{nearest[0]!r}, perhaps" if nearest else ", ".join(known))
 
 
 def _checked(kind: type[_T], what: str) -> Callable[[object, str], _T]:

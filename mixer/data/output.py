@@ -169,9 +169,7 @@ class Output:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DataError(
-                f"{self.location}/{path} cannot be read: {error}. See that it can be read."
-            ) from error
+            raise DataError(f"{self.location}/{path} cannot be read: {error}. See that it can be read.") from error
 
     def write_text(self, path: str, text: str) -> None:
         put(self.filesystem, self.root, path, text.encode())
@@ -181,9 +179,7 @@ class Output:
             value = json.loads(self.read_text(RECEIPT) or "{}")
         except ValueError:
             value = {}
-        known = (
-            isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value["domains"], dict)
-        )
+        known = isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value["domains"], dict)
         return value if known else {"format": FORMAT, "domains": {}}
 
     def _write_receipt(self, receipt: Mapping[str, Any]) -> None:

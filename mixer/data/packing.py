@@ -53,9 +53,7 @@ def pieces_between(end_p: Ints, start: int, stop: int) -> tuple[int, int]:
 
     `end_p` is the running sum of the pieces' tokens; a piece has at least one.
     """
-    return int(np.searchsorted(end_p, start, side="right")), int(
-        np.searchsorted(end_p, stop, side="left")
-    ) + 1
+    return int(np.searchsorted(end_p, start, side="right")), int(np.searchsorted(end_p, stop, side="left")) + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,9 +80,7 @@ class PrepareOptions:
         if not self.domains:
             raise ConfigError("prepare.domains is empty; needed at least one domain with its files. Add one.")
         if not 0 <= self.validation_share < 1:
-            raise ConfigError(
-                f"prepare.validation_share={self.validation_share}; needed 0 up to, not with, 1."
-            )
+            raise ConfigError(f"prepare.validation_share={self.validation_share}; needed 0 up to, not with, 1.")
         for name, value in (("unit_mb", self.unit_mb), ("shard_mb", self.shard_mb)):
             if not value > 0:
                 raise ConfigError(f"prepare.{name}={value}; it must be above 0. Raise it.")
@@ -122,9 +120,7 @@ def prepare(
 
 
 class _Preparation:
-    def __init__(
-        self, options: PrepareOptions, runner: Runner, on_progress: Callable[[Progress], None]
-    ) -> None:
+    def __init__(self, options: PrepareOptions, runner: Runner, on_progress: Callable[[Progress], None]) -> None:
         self.options = options
         self.runner = runner
         self.on_progress = on_progress
@@ -214,9 +210,7 @@ class _Preparation:
             with filesystem.open_input_stream(path, compression=None) as stream:
                 return stream.read().decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"tokenizer.path={location} cannot be read: {error}. Correct the path."
-            ) from error
+            raise ConfigError(f"tokenizer.path={location} cannot be read: {error}. Correct the path.") from error
 
     def _train(self, training: Sequence[Source]) -> str:
         chosen = self.options.tokenizer
@@ -361,9 +355,7 @@ def _source(
     where: str,
 ) -> Source:
     parquet = [number for number, file in enumerate(files) if file.format == "parquet"]
-    checked = check_parquet(
-        options.storage, [files[number] for number in parquet], of_domain, options.metadata, where
-    )
+    checked = check_parquet(options.storage, [files[number] for number in parquet], of_domain, options.metadata, where)
     footers = dict(zip(parquet, checked, strict=True))
     share = options.validation_share if corpus == "train" else 0.0
     common = [

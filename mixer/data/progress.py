@@ -49,13 +49,9 @@ def table(summary: Summary) -> str:
         for row in rows
     ]
     total_s = sum(summary.seconds.values())
-    took = ", ".join(
-        f"{stage} {seconds:.1f} s" for stage, seconds in summary.seconds.items() if seconds >= 0.05
-    )
+    took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.seconds.items() if seconds >= 0.05)
     lines.append("")
-    lines.append(
-        f"{total_s:.1f} s ({took}); at most {summary.peak_task_bytes / 1e6:,.0f} MB in a task's process"
-    )
+    lines.append(f"{total_s:.1f} s ({took}); at most {summary.peak_task_bytes / 1e6:,.0f} MB in a task's process")
     if summary.reused:
         lines.append(f"kept from an earlier run: {', '.join(summary.reused)}")
     return "\n".join(lines)

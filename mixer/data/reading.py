@@ -80,9 +80,7 @@ class Reading:
     def _refuse_changed(self, file: SourceFile) -> None:
         info = file.filesystem(self._storage).get_file_info(file.path)
         if info.type != pafs.FileType.File:
-            raise DataError(
-                f"{self._where}: {file.shown} is gone since the work began. Restore it and run again."
-            )
+            raise DataError(f"{self._where}: {file.shown} is gone since the work began. Restore it and run again.")
         if (info.size, info.mtime_ns or 0) != (file.size, file.mtime_ns):
             raise DataError(f"{self._where}: {file.shown} was changed since the work began. Run again.")
 
@@ -90,9 +88,7 @@ class Reading:
         if text is None:
             self.skipped["null"] += 1
         elif not isinstance(text, str):
-            self._bad_record(
-                "wrong_type", f"{at}: {self._options.text!r} is {type(text).__name__}, not a string"
-            )
+            self._bad_record("wrong_type", f"{at}: {self._options.text!r} is {type(text).__name__}, not a string")
         elif not text:
             self.skipped["empty"] += 1
         elif text.isspace():
@@ -105,9 +101,7 @@ class Reading:
 
     def _bad_record(self, reason: str, found: str) -> None:
         if self._options.bad_records == "refuse":
-            raise DataError(
-                f"{self._where}: {found}. Mend the file, or set `bad_records: skip` for this domain."
-            )
+            raise DataError(f"{self._where}: {found}. Mend the file, or set `bad_records: skip` for this domain.")
         self.skipped[reason] += 1
 
     def _values(self, fields: Mapping[str, Any], at: str) -> tuple[Any, ...]:
@@ -119,8 +113,7 @@ class Reading:
         if found is None or (isinstance(found, float) and math.isnan(found)):
             if one.default is None:
                 raise DataError(
-                    f"{self._where}: {at} has no metadata {key!r}. Give it one, or set "
-                    f"metadata.{key}.default."
+                    f"{self._where}: {at} has no metadata {key!r}. Give it one, or set metadata.{key}.default."
                 )
             found = one.default
         value = cast_value(found, one.kind)

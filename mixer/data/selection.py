@@ -35,9 +35,7 @@ Spans = NDArray[np.int64]
 class Selection:
     """Which rows a new catalog takes, and under which names. All that is set applies together."""
 
-    by: tuple[
-        str, ...
-    ] = ()  # metadata keys whose values, joined by "/", name the domains; else the source's name
+    by: tuple[str, ...] = ()  # metadata keys whose values, joined by "/", name the domains; else the source's name
     within_source: bool = False  # put the source domain's name before the values
     score: str | None = None  # a metadata column of numbers to select by
     cut: float | None = None  # keep rows with score >= cut, or < cut for keep="below"
@@ -47,9 +45,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         if self.within_source and not self.by:
-            raise ConfigError(
-                "within_source without by: domains are then the sources already. Name keys with --by."
-            )
+            raise ConfigError("within_source without by: domains are then the sources already. Name keys with --by.")
         if len(set(self.by)) < len(self.by):
             raise ConfigError(f"by={','.join(self.by)} names a key twice. Name each once.")
         if self.keep not in ("above", "below"):
@@ -58,9 +54,7 @@ class Selection:
         if self.score is None and chosen:
             raise ConfigError("a cut or top_share without a score column. Name the column with --score.")
         if self.score is not None and chosen != 1:
-            raise ConfigError(
-                f"score={self.score} needs exactly one of cut and top_share; {chosen} are given."
-            )
+            raise ConfigError(f"score={self.score} needs exactly one of cut and top_share; {chosen} are given.")
         if self.cut is not None and not math.isfinite(self.cut):
             raise ConfigError(f"cut={self.cut}; it must be a finite number.")
         if self.top_share is not None and not 0 < self.top_share <= 1:
@@ -172,9 +166,7 @@ def _name_rows(
         if given is None:
             return np.full(len(row_n), names.add(source, (source,)), dtype=np.int64)
         values, place_n = np.unique(given, return_inverse=True)
-        return np.array([names.add(str(value), ("listed", str(value))) for value in values], np.int64)[
-            place_n
-        ]
+        return np.array([names.add(str(value), ("listed", str(value))) for value in values], np.int64)[place_n]
     code_n = np.zeros(len(row_n), dtype=np.int64)
     chosen: list[tuple[Any, ...]] = [()]  # the values behind each code
     for key in selection.by:
@@ -223,9 +215,7 @@ def _require_columns(corpus: Corpus, selection: Selection) -> None:
             )
     for key in selection.by:
         if kinds[key] == "float64":
-            raise ConfigError(
-                f"by={key}: its values are float64, one domain for each number. Use --score {key}."
-            )
+            raise ConfigError(f"by={key}: its values are float64, one domain for each number. Use --score {key}.")
     if selection.score and kinds[selection.score] == "string":
         raise ConfigError(f"score={selection.score}: its values are text. Use --by {selection.score}.")
 
@@ -283,9 +273,7 @@ def _listed_rows(corpus: Corpus, path: str, by: Sequence[str]) -> _Listed:
         raise DataError(f"row list {path} lists no rows. A catalog needs at least one.")
     nulls = [name for name in table.column_names if table.column(name).null_count]
     if nulls or not pa.types.is_integer(table.schema.field("row").type):
-        raise DataError(
-            f"row list {path}: empty values in {nulls} or rows that are no whole numbers. Mend the list."
-        )
+        raise DataError(f"row list {path}: empty values in {nulls} or rows that are no whole numbers. Mend the list.")
     row_n = table.column("row").cast(pa.int64()).to_numpy()
     if "domain" in table.column_names:
         shard_n, place_n = _by_domain(corpus, path, table.column("domain").to_pylist(), row_n)
@@ -355,9 +343,7 @@ def _read_table(path: str) -> pa.Table:
         elif suffix in (".jsonl", ".json"):
             table = pajson.read_json(path)
         else:
-            raise ConfigError(
-                f"row list {path}: its suffix says no format. Use .parquet, .arrow, .csv or .jsonl."
-            )
+            raise ConfigError(f"row list {path}: its suffix says no format. Use .parquet, .arrow, .csv or .jsonl.")
     except FileNotFoundError as error:
         raise DataError(f"row list {path} is missing. Give the path of a list of rows.") from error
     except READ_ERRORS as error:

@@ -49,9 +49,7 @@ DAMAGED = "It was damaged or replaced: restore it, or prepare the domain again"
 def dtype_for(vocab_size: int) -> str:
     """The narrowest token type that the vocabulary fits."""
     if not 0 < vocab_size <= 1 << 32:
-        raise ConfigError(
-            f"a vocabulary of {vocab_size} tokens; shards hold 1 to {1 << 32}. Use another tokenizer."
-        )
+        raise ConfigError(f"a vocabulary of {vocab_size} tokens; shards hold 1 to {1 << 32}. Use another tokenizer.")
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
@@ -65,9 +63,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("uint16", "uint32"):
-            raise ConfigError(
-                f"tokens of type {self.dtype!r}; shards hold uint16 or uint32. Use one of these."
-            )
+            raise ConfigError(f"tokens of type {self.dtype!r}; shards hold uint16 or uint32. Use one of these.")
         if self.row_tokens < 1 or self.row_tokens % 4:
             raise ConfigError(
                 f"row_tokens={self.row_tokens}; it must be a positive multiple of 4, so that a row is whole "
@@ -76,8 +72,7 @@ class Layout:
         for key, kind in self.metadata.items():
             if not key or not key.isprintable() or key in FIXED_COLUMNS:
                 raise ConfigError(
-                    f"metadata key {key!r} is empty, not printable or one of "
-                    f"{', '.join(FIXED_COLUMNS)}. Rename it."
+                    f"metadata key {key!r} is empty, not printable or one of {', '.join(FIXED_COLUMNS)}. Rename it."
                 )
             if kind not in METADATA_TYPES:
                 raise ConfigError(
@@ -119,9 +114,7 @@ class ShardInfo:
     rows: int
     bytes: int
     sha256: str  # of the whole file
-    head_sha256: (
-        str  # of all that lies before the tokens: compared once per opened shard, before any row is used
-    )
+    head_sha256: str  # of all that lies before the tokens: compared once per opened shard, before any row is used
     tokens_offset: int
 
 
@@ -207,9 +200,7 @@ def write(filesystem: pafs.FileSystem, root: str, path: str, rows: Rows) -> Shar
         pa.array(np.asarray(rows.first_document, dtype=np.int64)),
         pa.array(check_rows(rows.tokens)),
         *(column for _, column in sorted(rows.metadata.items())),
-        pa.FixedSizeListArray.from_arrays(
-            pa.array(np.ascontiguousarray(rows.tokens).reshape(-1)), layout.row_tokens
-        ),
+        pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows.tokens).reshape(-1)), layout.row_tokens),
     ]
     batch = pa.record_batch(columns, schema=layout.schema)
     counter = pa.MockOutputStream()
@@ -229,9 +220,7 @@ def write(filesystem: pafs.FileSystem, root: str, path: str, rows: Rows) -> Shar
     return info
 
 
-def open(
-    filesystem: pafs.FileSystem, root: str, info: ShardInfo, layout: Layout, *, domain: str = ""
-) -> "Shard":
+def open(filesystem: pafs.FileSystem, root: str, info: ShardInfo, layout: Layout, *, domain: str = "") -> "Shard":
     """Open a shard, or refuse it if it is not the file that the manifest promised.
 
     Compared are size, magic, schema, row count and the place of the tokens; the content is compared
@@ -256,9 +245,7 @@ class Shard:
         self._where = f"{root}/{info.path}"
         self._buffer: pa.Buffer | None = None
         self._file: pa.NativeFile | None = None
-        self._kept: dict[
-            int, Any
-        ] = {}  # parts of a remote file that need not be fetched twice, by first byte
+        self._kept: dict[int, Any] = {}  # parts of a remote file that need not be fetched twice, by first byte
         local = local_path(filesystem, self._where)
         try:
             if local is not None:
@@ -299,9 +286,7 @@ class Shard:
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens of rows start..stop-1: a view of the map, or exactly those bytes fetched."""
         if not 0 <= start <= stop <= self.info.rows:
-            raise self._error(
-                f"has {self.info.rows} rows; asked for {start}..{stop}", "Ask for rows that exist"
-            )
+            raise self._error(f"has {self.info.rows} rows; asked for {start}..{stop}", "Ask for rows that exist")
         if self._file is None:
             return self.tokens[start:stop]
         first_byte = self.info.tokens_offset + start * self.layout.row_bytes
@@ -416,18 +401,14 @@ class Shard:
             self._kept[end] = tail
             head = bytes(self._bytes_at(0, len(MAGIC))) if self._file is None else MAGIC
             if head != MAGIC or tail[-len(MAGIC) :] != MAGIC:
-                raise self._error(
-                    f"begins with {head!r} and ends with {tail[-6:]!r}: not an Arrow file", DAMAGED
-                )
+                raise self._error(f"begins with {head!r} and ends with {tail[-6:]!r}: not an Arrow file", DAMAGED)
             reader = pa.ipc.open_file(self._source())
             self._require_schema(reader.schema)
         except READ_ERRORS as error:
             raise self._error(f"is not a readable Arrow file: {_first_line(error)}", DAMAGED) from error
         footer_bytes = int.from_bytes(tail[-TAIL_BYTES : -len(MAGIC)], "little")
         if reader.num_record_batches != 1 or len(tail) != len(END_MARK) + footer_bytes + TAIL_BYTES:
-            rows = (
-                info.bytes - TAIL_BYTES - footer_bytes - len(END_MARK) - info.tokens_offset
-            ) / self.layout.row_bytes
+            rows = (info.bytes - TAIL_BYTES - footer_bytes - len(END_MARK) - info.tokens_offset) / self.layout.row_bytes
             raise self._error(
                 f"has {rows:g} rows in {reader.num_record_batches} batches from byte {info.tokens_offset}; "
                 f"the manifest says {info.rows} in one",
@@ -443,8 +424,7 @@ class Shard:
         needed = self.layout.schema
         if not found.equals(needed, check_metadata=True):
             raise self._error(
-                f"has another schema than the manifest: found {_schema_text(found)}; "
-                f"needed {_schema_text(needed)}",
+                f"has another schema than the manifest: found {_schema_text(found)}; needed {_schema_text(needed)}",
                 DAMAGED,
             )
 
@@ -479,9 +459,7 @@ def _refuse_unwritable(path: str, rows: Rows) -> None:
         raise DataError(f"shard {path}: starts of type {rows.starts.type}; needs list<int32> without nulls.")
     fault = faulty_row(rows)
     if fault:
-        raise DataError(
-            f"shard {path}: row {fault[0]} cannot be written: {fault[1]}. Mend what packs the rows."
-        )
+        raise DataError(f"shard {path}: row {fault[0]} cannot be written: {fault[1]}. Mend what packs the rows.")
 
 
 def _write_batch(sink: Any, batch: pa.RecordBatch) -> None:

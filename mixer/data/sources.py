@@ -133,13 +133,9 @@ def find_files(options: SourceOptions, storage: Storage, where: str) -> list[Sou
             raise DataError(f"{where}: no file matches {pattern}. Correct the pattern, or make the files.")
         relative = not mark and not os.path.isabs(pattern)
         for info in infos:
-            shown = (
-                f"{scheme}://{info.path}" if scheme else os.path.relpath(info.path) if relative else info.path
-            )
+            shown = f"{scheme}://{info.path}" if scheme else os.path.relpath(info.path) if relative else info.path
             kind, compression = _kind_of(info.path, options.format, where)
-            found.append(
-                SourceFile(scheme, info.path, shown, info.size, info.mtime_ns or 0, kind, compression)
-            )
+            found.append(SourceFile(scheme, info.path, shown, info.size, info.mtime_ns or 0, kind, compression))
     return sorted(found, key=lambda file: file.shown)
 
 
@@ -162,9 +158,7 @@ def refuse_doubles(files: Mapping[str, Sequence[SourceFile]]) -> None:
             if identity in owner:
                 other = owner[identity]
                 text = f"twice in {where}" if other == where else f"in {other} and in {where}"
-                raise DataError(
-                    f"{file.shown} is {text}. A file belongs to one domain, once: change the patterns."
-                )
+                raise DataError(f"{file.shown} is {text}. A file belongs to one domain, once: change the patterns.")
             owner[identity] = where
 
 
@@ -247,9 +241,7 @@ def check_parquet(
             if not (_fits(schema, key, one.kind) or (key not in schema.names and one.default is not None))
         ]
         if wrong:
-            needed = ", ".join(
-                [f"{options.text}: string", *(f"{key}: {one.kind}" for key, one in metadata.items())]
-            )
+            needed = ", ".join([f"{options.text}: string", *(f"{key}: {one.kind}" for key, one in metadata.items())])
             found = ", ".join(f"{item.name}: {item.type}" for item in schema)
             raise DataError(
                 f"{where}: {file.shown} does not have {', '.join(map(repr, wrong))} as needed. "
@@ -264,8 +256,7 @@ def _footer(filesystem: pafs.FileSystem, file: SourceFile, where: str) -> pq.Fil
             return pq.read_metadata(stream)
     except (*READ_ERRORS, ValueError) as error:
         raise DataError(
-            f"{where}: {file.shown} is not a whole Parquet file ({first_line(error)}). "
-            "Restore it, or leave it out."
+            f"{where}: {file.shown} is not a whole Parquet file ({first_line(error)}). Restore it, or leave it out."
         ) from error
 
 

@@ -138,9 +138,7 @@ def is_validation(text: str, share: float, seed: int) -> bool:
     """Decided by the text alone, so that equal documents fall on the same side."""
     if share <= 0:
         return False
-    digest = hashlib.blake2b(
-        text.encode(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)
-    ).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
     return int.from_bytes(digest, "little") < share * 2.0**64
 
 
@@ -363,9 +361,7 @@ class _Writer:
             self._num_written += num_tokens
             first_document += num_documents
         self._ids.write(ids.astype(self._dtype.newbyteorder("<"), copy=False))
-        self._arrow.write_batch(
-            pa.record_batch([pa.array(column) for column in columns], schema=self._schema)
-        )
+        self._arrow.write_batch(pa.record_batch([pa.array(column) for column in columns], schema=self._schema))
         self._num_sections += 1
         self._clear()
 
@@ -406,9 +402,7 @@ class StagedFiles:
         return np.frombuffer(content, self._dtype)
 
     def documents(self, key: str, piece: Piece) -> pa.RecordBatch:
-        reader = self._remembered(
-            f"{key}.documents.arrow", lambda name: pa.ipc.open_file(self._open_file(name))
-        )
+        reader = self._remembered(f"{key}.documents.arrow", lambda name: pa.ipc.open_file(self._open_file(name)))
         return reader.get_batch(piece.section).slice(piece.first_document, piece.num_documents)
 
     def _remembered(self, name: str, make: Callable[[str], Any]) -> Any:

@@ -51,14 +51,12 @@ class TokenizerOptions:
             raise ConfigError(f"tokenizer.kind={self.kind!r}; needed one of {', '.join(KINDS)}. Choose one.")
         if (self.kind == "file") != (self.path is not None):
             raise ConfigError(
-                f"tokenizer.kind={self.kind} with path={self.path!r}; a path goes with "
-                "kind=file, and only with it."
+                f"tokenizer.kind={self.kind} with path={self.path!r}; a path goes with kind=file, and only with it."
             )
         smallest = 256 + 1  # the bytes, and the EOS
         if self.kind == "train" and self.vocab_size < smallest:
             raise ConfigError(
-                f"tokenizer.vocab_size={self.vocab_size}; a byte-level BPE needs at least {smallest}. "
-                "Raise it."
+                f"tokenizer.vocab_size={self.vocab_size}; a byte-level BPE needs at least {smallest}. Raise it."
             )
         if self.kind == "train" and not self.sample_mb > 0:
             raise ConfigError(f"tokenizer.sample_mb={self.sample_mb}; it must be above 0. Raise it.")
@@ -105,9 +103,7 @@ class ByteTokenizer:
         encoded = [text.encode() for text in texts]
         length = np.fromiter((len(one) + 1 for one in encoded), np.int64, len(encoded))
         # The EOS does not fit a byte: leave a hole behind each text and fill it afterwards.
-        ids = np.frombuffer(
-            b"".join(itertools.chain.from_iterable((one, b"\0") for one in encoded)), np.uint8
-        )
+        ids = np.frombuffer(b"".join(itertools.chain.from_iterable((one, b"\0") for one in encoded)), np.uint8)
         ids = ids.astype(np.uint16)
         ids[np.cumsum(length) - 1] = self.eos
         return ids, length
@@ -139,9 +135,7 @@ class FileTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         # Neither is obeyed here, so neither defines what the tokens are.
         definition |= {"truncation": None, "padding": None}
-        self.definition: str | None = (
-            json.dumps(definition, sort_keys=True, ensure_ascii=False, indent=1) + "\n"
-        )
+        self.definition: str | None = json.dumps(definition, sort_keys=True, ensure_ascii=False, indent=1) + "\n"
         self.identity = tokenizer_identity(self.definition, self.eos)
         self._dtype = np.dtype(dtype_for(self.vocab_size))
         by_words = words.applies_to(definition)
@@ -217,9 +211,7 @@ def pieces_of(text: str, piece_chars: int = PIECE_CHARS) -> list[str]:
 def _find_eos(vocabulary: dict[str, int], eos: str | None, where: str) -> str:
     if eos is not None:
         if eos not in vocabulary:
-            raise ConfigError(
-                f"tokenizer {where} has no token {eos!r}. Set tokenizer.eos to one that it has."
-            )
+            raise ConfigError(f"tokenizer {where} has no token {eos!r}. Set tokenizer.eos to one that it has.")
         return eos
     for name in EOS_NAMES:
         if name in vocabulary:

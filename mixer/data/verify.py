@@ -34,9 +34,7 @@ class _Facts:
     faults: list[str] = field(default_factory=list)
     tokens: int = 0
     rows: int = 0
-    begun_n: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  # documents that start here
+    begun_n: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # documents that start here
     part_document_n: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     part_tokens_n: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
@@ -95,14 +93,10 @@ def _verify_shard(corpus: Corpus, number: int) -> _Facts:
     return facts
 
 
-def _verify_rows(
-    corpus: Corpus, where: str, small: pa.RecordBatch, tokens: np.ndarray, facts: _Facts
-) -> None:
+def _verify_rows(corpus: Corpus, where: str, small: pa.RecordBatch, tokens: np.ndarray, facts: _Facts) -> None:
     """Check values, lengths, starts, padding and the range of tokens of one shard."""
     small.validate(full=True)
-    nulls = [
-        name for name in ("length", "starts", "first_document", "check") if small.column(name).null_count
-    ]
+    nulls = [name for name in ("length", "starts", "first_document", "check") if small.column(name).null_count]
     if nulls:
         facts.faults.append(f"{where} has empty values in {', '.join(nulls)}")
         return

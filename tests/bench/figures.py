@@ -63,9 +63,7 @@ def check(entry: Any, file: str) -> None:
 def table(figures: list[dict[str, Any]]) -> str:
     rows = [COLUMNS, *(tuple(_cell(entry[column]) for column in COLUMNS) for entry in figures)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     unmet = sum(not entry["met"] for entry in figures)
     return "\n".join([*lines, "", f"{len(figures)} figures, {unmet} of them short of their target"])

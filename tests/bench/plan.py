@@ -86,9 +86,7 @@ def by_domains(repetitions: int) -> dict[str, dict[str, float]]:
 
         cases |= {f"{num} decide": decide, f"{num} plan": plan, f"{num} text": write}
     found = interleaved(cases, repetitions)
-    return {
-        str(num): {what: found[f"{num} {what}"] for what in ("decide", "plan", "text")} for num in DOMAINS
-    }
+    return {str(num): {what: found[f"{num} {what}"] for what in ("decide", "plan", "text")} for num in DOMAINS}
 
 
 def by_rows(repetitions: int) -> dict[str, float]:

@@ -139,9 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mb", type=float, default=120.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--text", type=Path, help="a folder of texts; the standard library's sources if not given"
-    )
+    parser.add_argument("--text", type=Path, help="a folder of texts; the standard library's sources if not given")
     parser.add_argument("--record", action="store_true", help="into tests/bench/results")
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -169,8 +167,7 @@ def main() -> None:
 
     def ratio(kind: str, *, with_start: bool) -> float:
         seconds = [
-            [one["work_s"] + (one["start_s"] if with_start else 0.0) for one in results[of]]
-            for of in (kind, "ours")
+            [one["work_s"] + (one["start_s"] if with_start else 0.0) for one in results[of]] for of in (kind, "ours")
         ]
         return statistics.median(theirs_s / ours_s for theirs_s, ours_s in zip(*seconds, strict=True))
 

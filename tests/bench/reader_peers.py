@@ -72,9 +72,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--repetitions", type=int)
     made.add_argument("--seconds", type=float, help="length of the timed window")
     made.add_argument("--settings", help="processes:workers, as in 1:0,2:0,1:1")
-    made.add_argument(
-        "--data", type=Path, default=REPOSITORY / "data/reader-peers", help="corpora are kept here"
-    )
+    made.add_argument("--data", type=Path, default=REPOSITORY / "data/reader-peers", help="corpora are kept here")
     made.add_argument("--out", type=Path, help="write all runs, the summary and the figures as JSON")
     made.add_argument("--record", action="store_true", help="write the figures to tests/bench/results")
     return made

@@ -80,9 +80,7 @@ def test_what_cannot_be_written_leaves_the_old_record(tmp_path):
 
 
 def test_the_table_shows_unmet_targets_first(tmp_path, capsys):
-    put(
-        tmp_path, "a.json", [GOOD, {**GOOD, "figure": "zeta", "met": False, "peers": {"x": 0.123456, "y": 2}}]
-    )
+    put(tmp_path, "a.json", [GOOD, {**GOOD, "figure": "zeta", "met": False, "peers": {"x": 0.123456, "y": 2}}])
     put(tmp_path, "b.json", {**GOOD, "figure": "beta", "value": {"p50": 1, "p99": 2.5}})
     assert figures.main(tmp_path) == 0
     assert capsys.readouterr().out == (

@@ -52,9 +52,7 @@ class NaiveRun:
         identity = (domain.name, domain.content)
         number, place = divmod(self.given[identity], domain.num_rows)
         if (identity, number) not in self.passes:
-            key = mix(
-                mix(np.array([key_of("domain", domain.name)], dtype=np.uint64), self.geometry.seed), number
-            )
+            key = mix(mix(np.array([key_of("domain", domain.name)], dtype=np.uint64), self.geometry.seed), number)
             size = domain.num_rows
             self.passes[identity, number] = shuffle(
                 np.arange(size),
@@ -67,9 +65,7 @@ class NaiveRun:
         self.given[identity] += 1
         return (*identity, self.passes[identity, number][place])
 
-    def window(
-        self, window: int, catalog: Catalog, weights: dict[str, float], counts: dict[str, int]
-    ) -> None:
+    def window(self, window: int, catalog: Catalog, weights: dict[str, float], counts: dict[str, int]) -> None:
         live = [domain for domain in catalog.domains if counts[domain.name]]
         keys = {}
         for domain in live:
@@ -130,9 +126,7 @@ class RunMachine(RuleBasedStateMachine):
 
     # ---- the controller ------------------------------------------------------------------------------
 
-    @precondition(
-        lambda self: self.up and len(self.schedule) < min(MOST_WINDOWS, self.cursor["window"] + AHEAD)
-    )
+    @precondition(lambda self: self.up and len(self.schedule) < min(MOST_WINDOWS, self.cursor["window"] + AHEAD))
     @rule(move=st.sampled_from(moves.ALL))
     def decide_ahead(self, move: moves.Move) -> None:
         self.decide(move)
@@ -168,9 +162,7 @@ class RunMachine(RuleBasedStateMachine):
     def limits(self, catalog: Catalog) -> np.ndarray | None:
         if self.epochs is None:
             return None
-        return np.array(
-            [self.epochs * d.num_rows - self.model.given[d.name, d.content] for d in catalog.domains]
-        )
+        return np.array([self.epochs * d.num_rows - self.model.given[d.name, d.content] for d in catalog.domains])
 
     # ---- catalogs ------------------------------------------------------------------------------------
 
@@ -221,9 +213,7 @@ class RunMachine(RuleBasedStateMachine):
             batch: list[Place] = []
             for rank in range(self.world_size):
                 part = window.slots(cursor.step, rank, self.world_size)
-                for place, row in zip(
-                    window.domain_n[part].tolist(), window.row_n[part].tolist(), strict=True
-                ):
+                for place, row in zip(window.domain_n[part].tolist(), window.row_n[part].tolist(), strict=True):
                     domain = window.catalog.domains[place]
                     batch.append((domain.name, domain.content, row))
             begin = self.steps * self.geometry.batch_rows
@@ -300,9 +290,7 @@ class RunMachine(RuleBasedStateMachine):
             undisturbed.append(undisturbed.propose(mixture, catalog=catalog, limit_d=limit_d))
         assert undisturbed.to_text().encode() == self.disk
         self.cursor = Cursor().to_dict()
-        self.train(
-            len(self.schedule) * self.geometry.window_steps, moves.constant
-        )  # and all of it can be replayed
+        self.train(len(self.schedule) * self.geometry.window_steps, moves.constant)  # and all of it can be replayed
         assert [place for batch in self.trained for place in batch] == self.model.slots
 
 

@@ -78,10 +78,7 @@ def plain_shuffle(size: int, key: int, block: int, group: int) -> list[int]:
 def test_keys_are_the_blake2b_of_their_parts() -> None:
     digest = hashlib.blake2b(b"domain\x1fweb", digest_size=8).digest()
     assert key_of("domain", "web") == int.from_bytes(digest, "little") == 0x2DFD60D9B98C201F
-    assert (
-        len({key_of("a", "b"), key_of("ab"), key_of("b", "a"), key_of("a", "b", ""), key_of("a"), key_of()})
-        == 6
-    )
+    assert len({key_of("a", "b"), key_of("ab"), key_of("b", "a"), key_of("a", "b", ""), key_of("a"), key_of()}) == 6
 
 
 def test_mixing_a_number_into_keys() -> None:
@@ -128,8 +125,7 @@ def test_each_place_may_have_its_own_size_and_key() -> None:
     sizes, key = np.array([1, 5, 1 << 48, 5]), np.array([1, 2, 3, 4], dtype=np.uint64)
     found = scramble(np.array([0, 4, 1 << 47, 4]), sizes, key)
     assert found.tolist() == [
-        plain_scramble(place, size, k)
-        for place, size, k in [(0, 1, 1), (4, 5, 2), (1 << 47, 1 << 48, 3), (4, 5, 4)]
+        plain_scramble(place, size, k) for place, size, k in [(0, 1, 1), (4, 5, 2), (1 << 47, 1 << 48, 3), (4, 5, 4)]
     ]
 
 
@@ -147,9 +143,7 @@ def test_arguments_are_left_as_they_were() -> None:
 SIZES = [1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 65, 95, 96, 97, 100, 255, 256, 257]
 
 
-@pytest.mark.parametrize(
-    ("block", "group"), [(1, 1), (1, 64), (8, 1), (8, 4), (7, 3), (64, 64), (1000, 1000)]
-)
+@pytest.mark.parametrize(("block", "group"), [(1, 1), (1, 64), (8, 1), (8, 4), (7, 3), (64, 64), (1000, 1000)])
 def test_a_pass_deals_blocks_and_shuffles_groups_of_them(block: int, group: int) -> None:
     for size in SIZES:
         key = key_of("pass", size)

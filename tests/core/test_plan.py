@@ -28,9 +28,7 @@ def whole_pass(size: int, name: str, seed: int, number: int, geometry: Geometry)
     """The order of one pass over a domain, from names and numbers alone."""
     key = mix(mix(np.array([key_of("domain", name)], dtype=np.uint64), seed), number)
     streams = np.zeros(size, dtype=np.int64)
-    return shuffle(
-        np.arange(size), streams, np.array([size]), key, geometry.block_rows, geometry.group_blocks
-    ).tolist()
+    return shuffle(np.arange(size), streams, np.array([size]), key, geometry.block_rows, geometry.group_blocks).tolist()
 
 
 def row_at(catalog: Catalog, counts: list[int], offsets: list[int], window: int = 0) -> ScheduleRow:
@@ -219,14 +217,10 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(world_size: int) -
     whole = pairs(window)
     for step in range(3):
         batch = [
-            whole[slot]
-            for rank in range(world_size)
-            for slot in range(10 * 3)[window.slots(step, rank, world_size)]
+            whole[slot] for rank in range(world_size) for slot in range(10 * 3)[window.slots(step, rank, world_size)]
         ]
         assert batch == whole[step * 10 : step * 10 + 10]
-    slots = np.concatenate(
-        [window.rank_slots(rank, world_size).reshape(3, -1) for rank in range(world_size)], axis=1
-    )
+    slots = np.concatenate([window.rank_slots(rank, world_size).reshape(3, -1) for rank in range(world_size)], axis=1)
     assert slots.reshape(-1).tolist() == list(range(30))
 
 
@@ -263,8 +257,7 @@ def test_every_domain_is_spread_evenly_over_its_window(weights: list[float]) -> 
 def test_domains_with_one_row_in_a_window_change_their_places_from_window_to_window() -> None:
     catalog = catalog_of_sizes([10**6] * 24)
     places = [
-        window.domain_n.tolist()
-        for window in windows_of(schedule_of(catalog, GEOMETRY, [relative([1] * 24)] * 20))
+        window.domain_n.tolist() for window in windows_of(schedule_of(catalog, GEOMETRY, [relative([1] * 24)] * 20))
     ]
     assert all(sorted(place) == list(range(24)) for place in places)
     assert len(set(map(tuple, places))) == 20

@@ -39,9 +39,7 @@ class Run:
     def __repr__(self) -> str:
         sizes = self.schedule.catalog.num_rows_d
         shown = ", ".join(map(str, sizes[:8].tolist())) + (", ..." if len(sizes) > 8 else "")
-        return (
-            f"Run(seed={self.seed}, {self.move}, {len(sizes)} domains of {shown}, {self.schedule.geometry})"
-        )
+        return f"Run(seed={self.seed}, {self.move}, {len(sizes)} domains of {shown}, {self.schedule.geometry})"
 
 
 def sizes_of(family: str, num: int, most: int, rng: np.random.Generator) -> np.ndarray:
@@ -51,9 +49,7 @@ def sizes_of(family: str, num: int, most: int, rng: np.random.Generator) -> np.n
         return rng.integers(1, min(most, 5) + 1, num)
     if family == "any":
         return rng.integers(1, most + 1, num)
-    return (
-        np.exp(rng.uniform(0, math.log(most), num)).astype(np.int64).clip(1, most)
-    )  # "log": of every magnitude
+    return np.exp(rng.uniform(0, math.log(most), num)).astype(np.int64).clip(1, most)  # "log": of every magnitude
 
 
 NUMS = st.one_of(st.integers(1, 8), st.integers(1, 100), st.integers(1, MOST_DOMAINS), st.just(1))
@@ -223,11 +219,7 @@ def test_every_pass_visits_every_row_exactly_once(run: Run) -> None:
 
 @given(run=runs())
 def test_no_row_comes_twice_in_a_pass_over_domains_of_any_size(run: Run) -> None:
-    seen = [
-        (d, p, r)
-        for w in windows_of(run.schedule)
-        for d, p, r in zip(w.domain_n, w.pass_n, w.row_n, strict=True)
-    ]
+    seen = [(d, p, r) for w in windows_of(run.schedule) for d, p, r in zip(w.domain_n, w.pass_n, w.row_n, strict=True)]
     assert len(set(seen)) == len(seen)
     sizes_d = run.schedule.catalog.num_rows_d
     for window in windows_of(run.schedule):
@@ -259,9 +251,7 @@ def test_the_place_of_a_row_can_be_found_back_at_any_size(
     size: int, offset: int, seed: int, block_rows: int, group_blocks: int
 ) -> None:
     """The inverse of the shuffle, worked out from the definition, returns every row to its place."""
-    geometry = Geometry(
-        window_steps=1, batch_rows=32, seed=seed, block_rows=block_rows, group_blocks=group_blocks
-    )
+    geometry = Geometry(window_steps=1, batch_rows=32, seed=seed, block_rows=block_rows, group_blocks=group_blocks)
     catalog = catalog_of_sizes([size])
     row = ScheduleRow(0, catalog, np.ones(1), np.array([32]), np.array([offset]), np.zeros(1))
     plan = plan_window(row, geometry)
@@ -319,9 +309,7 @@ def test_restored_at_any_step_the_tail_is_the_same(run: Run, data: st.DataObject
     tail = [
         pair
         for window in range(cursor.window, len(restored))
-        for pair in pairs(plan.window(window))[
-            (cursor.step if window == cursor.window else 0) * geometry.batch_rows :
-        ]
+        for pair in pairs(plan.window(window))[(cursor.step if window == cursor.window else 0) * geometry.batch_rows :]
     ]
     assert tail == whole[steps * geometry.batch_rows :]
 

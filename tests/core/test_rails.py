@@ -162,9 +162,7 @@ def test_paces_yield_before_a_window_stays_unfilled() -> None:
     # 100 rows of each are left for 1,000 slots: too few for the run, enough for the window.
     rules = GuardRails(max_epochs=1).bind(CATALOG, PRIOR)
     progress = replace(given_rows(900, 900, 900, 900), slots_left=1000)
-    with pytest.raises(
-        InfeasibleError, match=r"max_epochs=1 for 4 domains allows 0\.4 < 1 \(1 is 1000 rows\)"
-    ):
+    with pytest.raises(InfeasibleError, match=r"max_epochs=1 for 4 domains allows 0\.4 < 1 \(1 is 1000 rows\)"):
         rules.check(progress)
     w = rules.apply(array(1, 0, 0, 0), previous=None, progress=progress).weights_d.tolist()
     assert w == pytest.approx([0.7, 0.1, 0.1, 0.1], abs=1e-15)
@@ -201,9 +199,7 @@ def web(share: float | None = None) -> dict[str, FrozenBlock]:
         (lambda: FrozenBlock(domains=("a",), ratios={"a": math.inf}), r"ratios\.a=inf; "),
         (lambda: FrozenBlock(domains=("a",), ratios={"a": 0}), r"all ratios of a block are 0"),
         (
-            lambda: GuardRails(
-                frozen={"x": FrozenBlock(domains=("a",)), "y": FrozenBlock(domains=("b", "a"))}
-            ),
+            lambda: GuardRails(frozen={"x": FrozenBlock(domains=("a",)), "y": FrozenBlock(domains=("b", "a"))}),
             r"domain 'a' is in two frozen blocks, 'x' and 'y'",
         ),
         (lambda: Progress(window_slots=0, given_d=np.zeros(4, dtype=np.int64)), r"window_slots=0"),
@@ -280,9 +276,7 @@ def test_a_prior_without_ratios_for_a_block() -> None:
             ("frozen.web", "floors.a", "caps.b"),
         ),
         (
-            GuardRails(
-                frozen={"w": FrozenBlock(domains=("a", "b"), ratios={"a": 1, "b": 0})}, floors={"b": 0.1}
-            ),
+            GuardRails(frozen={"w": FrozenBlock(domains=("a", "b"), ratios={"a": 1, "b": 0})}, floors={"b": 0.1}),
             r"frozen\.w with floors\.b=0\.1 asks for a weight of inf",
             ("frozen.w", "floors.b", "cap"),
         ),
@@ -367,21 +361,15 @@ def test_plans_that_just_fit() -> None:
 
 def test_when_every_domain_is_exhausted() -> None:
     rules = GuardRails(max_epochs=1).bind(CATALOG, PRIOR)
-    with pytest.raises(
-        InfeasibleError, match="every domain is exhausted: max_epochs=1 for 4 domains allows 0"
-    ):
+    with pytest.raises(InfeasibleError, match="every domain is exhausted: max_epochs=1 for 4 domains allows 0"):
         rules.apply(PRIOR, previous=PRIOR, progress=given_rows(1000, 1000, 1000, 1000))
-    with pytest.raises(
-        InfeasibleError, match=r"max_epochs=1 for 4 domains allows 0\.99 < 1 \(1 is 100 rows\)"
-    ):
+    with pytest.raises(InfeasibleError, match=r"max_epochs=1 for 4 domains allows 0\.99 < 1 \(1 is 100 rows\)"):
         rules.apply(PRIOR, previous=PRIOR, progress=given_rows(901, 1000, 1000, 1000))
 
 
 def test_a_cap_that_leaves_no_room_once_others_ran_out() -> None:
     rules = GuardRails(cap=0.3, max_epochs=1).bind(CATALOG, PRIOR)
-    with pytest.raises(
-        InfeasibleError, match=r"cap=0\.3 for 3 domains allows 0\.9, max_epochs=1 .* allows 0;"
-    ):
+    with pytest.raises(InfeasibleError, match=r"cap=0\.3 for 3 domains allows 0\.9, max_epochs=1 .* allows 0;"):
         rules.apply(PRIOR, previous=PRIOR, progress=given_rows(1000, 0, 0, 0))
 
 
@@ -408,9 +396,7 @@ def test_arguments_of_another_catalog() -> None:
     with pytest.raises(ConfigError, match="a previous mixture of 2 weights for a catalog of 4 domains"):
         rules.apply(PRIOR, previous=Mixture(array(0.5, 0.5)), progress=START)
     with pytest.raises(ConfigError, match="progress of 2 domains for a catalog of 4 domains"):
-        rules.apply(
-            PRIOR, previous=None, progress=Progress(window_slots=1, given_d=np.zeros(2, dtype=np.int64))
-        )
+        rules.apply(PRIOR, previous=None, progress=Progress(window_slots=1, given_d=np.zeros(2, dtype=np.int64)))
 
 
 # Properties
@@ -423,9 +409,7 @@ class Case:
         random = np.random.default_rng(seed)
         names = [f"d{place:03}" for place in range(num_domains)]
         rows_d = random.integers(1, 10**6, num_domains)
-        self.catalog = Catalog(
-            8, "byte", tuple(Domain(n, int(r), "") for n, r in zip(names, rows_d, strict=True))
-        )
+        self.catalog = Catalog(8, "byte", tuple(Domain(n, int(r), "") for n, r in zip(names, rows_d, strict=True)))
         self.prior = Mixture.natural(self.catalog)
         inside_d = random.dirichlet(np.full(num_domains, 0.8)) + 1e-9
         inside_d /= inside_d.sum()
@@ -445,13 +429,9 @@ class Case:
         self.window_slots = int(random.integers(1, 5000))
         self.options = GuardRails(
             floor=float(inside_d.min() * tight * random.uniform()) if random.integers(2) else 0.0,
-            cap=float(min(1.0, inside_d.max() * (1 + 1e-9) * random.uniform(1, 1.5)))
-            if random.integers(2)
-            else 1.0,
+            cap=float(min(1.0, inside_d.max() * (1 + 1e-9) * random.uniform(1, 1.5))) if random.integers(2) else 1.0,
             floors={
-                n: float(inside_d[i] * tight * random.uniform())
-                for i, n in enumerate(names)
-                if random.integers(2)
+                n: float(inside_d[i] * tight * random.uniform()) for i, n in enumerate(names) if random.integers(2)
             },
             caps={
                 n: float(min(1.0, inside_d[i] / tight + random.uniform()))
@@ -492,9 +472,7 @@ class Case:
         options, progress, lo, hi = self.options, self.progress, list[float](), list[float]()
         assert progress.carry_d is not None
         for place, domain in enumerate(self.catalog.domains):
-            least = max(
-                options.floors.get(domain.name, options.floor), options.min_rows / progress.window_slots
-            )
+            least = max(options.floors.get(domain.name, options.floor), options.min_rows / progress.window_slots)
             most = options.caps.get(domain.name, options.cap)
             if options.max_epochs is not None:
                 left = int(options.max_epochs * domain.num_rows) - int(progress.given_d[place])
@@ -527,9 +505,7 @@ def test_every_rule_holds(seed: int, num_domains: int) -> None:
         assert block.ratios is not None
         members = [case.catalog.index[name] for name in block.domains]
         ratios = np.array([block.ratios[name] for name in block.domains])
-        np.testing.assert_allclose(
-            w[members] * ratios.sum(), w[members].sum() * ratios, rtol=1e-12, atol=1e-300
-        )
+        np.testing.assert_allclose(w[members] * ratios.sum(), w[members].sum() * ratios, rtol=1e-12, atol=1e-300)
         if block.share is not None:
             assert w[members].sum() == pytest.approx(block.share, abs=1e-12)
 
@@ -573,9 +549,7 @@ def test_names_and_order_do_not_matter(seed: int, num_domains: int) -> None:
         },
     )
     assert case.progress.carry_d is not None
-    progress = replace(
-        case.progress, given_d=case.progress.given_d[order], carry_d=case.progress.carry_d[order]
-    )
+    progress = replace(case.progress, given_d=case.progress.given_d[order], carry_d=case.progress.carry_d[order])
     here = case.bind().apply(case.proposal_d, previous=case.previous, progress=case.progress)
     there = rails.bind(catalog, Mixture(case.prior.weights_d[order])).apply(
         case.proposal_d[order], previous=Mixture(case.previous.weights_d[order]), progress=progress
@@ -590,9 +564,7 @@ def test_frozen_ratios_are_the_same_bits_in_every_window(seed: int, num_domains:
     rules, random = case.bind(), np.random.default_rng(seed)
     previous = None
     for _ in range(3):
-        previous = rules.apply(
-            random.dirichlet(np.ones(num_domains)), previous=previous, progress=case.progress
-        )
+        previous = rules.apply(random.dirichlet(np.ones(num_domains)), previous=previous, progress=case.progress)
         for block in case.options.frozen.values():
             assert block.ratios is not None
             members = [case.catalog.index[name] for name in sorted(block.domains)]

@@ -68,9 +68,7 @@ def test_three_windows_by_hand() -> None:
 def test_windows_that_are_not_there_are_refused() -> None:
     schedule = schedule_of(CATALOG, GEOMETRY, [relative([1, 1, 1])])
     for window in (-1, 1):
-        with pytest.raises(
-            ScheduleError, match=f"window {window} is not in the schedule, which has 1. It ends here"
-        ):
+        with pytest.raises(ScheduleError, match=f"window {window} is not in the schedule, which has 1. It ends here"):
             schedule.row(window)
 
 
@@ -134,9 +132,7 @@ def test_weights_that_sum_to_one_are_bound_to_the_last_bit() -> None:
     for seed in range(200):
         weights_d = np.random.default_rng(seed).random(50)
         mixture = Mixture(weights_d / math.fsum(weights_d))
-        assert MixtureSchedule(catalog_of_sizes([9] * 50), GEOMETRY).propose(mixture).mixture == mixture, (
-            f"seed {seed}"
-        )
+        assert MixtureSchedule(catalog_of_sizes([9] * 50), GEOMETRY).propose(mixture).mixture == mixture, f"seed {seed}"
 
 
 def test_limits_are_handed_on_and_what_they_change_is_recorded() -> None:
@@ -150,9 +146,7 @@ def test_a_domain_gives_exactly_its_rows_under_limits() -> None:
     schedule = MixtureSchedule(CATALOG, GEOMETRY)
     given_d = np.zeros(3, dtype=np.int64)
     for _ in range(12):
-        row = schedule.append(
-            schedule.propose(mixture_of(0.4, 0.3, 0.3), limit_d=CATALOG.num_rows_d - given_d)
-        )
+        row = schedule.append(schedule.propose(mixture_of(0.4, 0.3, 0.3), limit_d=CATALOG.num_rows_d - given_d))
         given_d = row.next_offsets_d
     assert given_d[0] == 10
     assert sorted(rows_of(schedule, 0)) == list(range(10))
@@ -186,10 +180,7 @@ def test_untouched_domains_keep_place_and_order_over_a_switch() -> None:
     schedule.extend(relative([1, 1, 1, 1, 1]), 3)  # goes on under the new catalog without saying so
     undisturbed = rows_of(schedule_of(CATALOG, GEOMETRY, [even] * 9), 0)
     given = [
-        row
-        for window in windows_of(schedule)
-        for place, row in pairs(window)
-        if window.catalog.names[place] == "books"
+        row for window in windows_of(schedule) for place, row in pairs(window) if window.catalog.names[place] == "books"
     ]
     assert len(given) > 10
     assert given == undisturbed[: len(given)]
@@ -228,9 +219,7 @@ def test_the_first_window_may_have_another_catalog_than_the_header() -> None:
 
 def switching() -> MixtureSchedule:
     schedule = wandering(CATALOG, 2)
-    schedule.append(
-        schedule.propose(relative([1, 2, 3, 4, 5]), catalog=AFTER, signals_through=0, reason="policy")
-    )
+    schedule.append(schedule.propose(relative([1, 2, 3, 4, 5]), catalog=AFTER, signals_through=0, reason="policy"))
     schedule.append(schedule.propose(relative([5, 2, 3, 4, 5]), signals_through=1, reason="policy"))
     schedule.append(schedule.propose(relative([3, 2, 1]), catalog=CATALOG))
     return schedule
@@ -255,9 +244,7 @@ def test_text_restores_switches_and_signals() -> None:
 
 def test_hard_floats_and_whole_numbers_survive() -> None:
     tiny = 5e-324
-    schedule = schedule_of(
-        CATALOG, GEOMETRY, [mixture_of(tiny, 1 / 3, 2 / 3), mixture_of(1e-300, 0.1 + 0.2, 0.7)]
-    )
+    schedule = schedule_of(CATALOG, GEOMETRY, [mixture_of(tiny, 1 / 3, 2 / 3), mixture_of(1e-300, 0.1 + 0.2, 0.7)])
     far = ScheduleRow(
         0,
         CATALOG,
@@ -279,12 +266,8 @@ def test_small_catalogs_are_written_by_name_and_large_ones_packed() -> None:
 
 
 def test_names_in_any_language_and_with_any_sign() -> None:
-    catalog = catalog_of(
-        **{'"check":"': 3, "日本語": 5, 'a","check":"0123456789abcdef"}': 4, "back\\slash": 2, "é": 1}
-    )
-    schedule = MixtureSchedule(catalog, GEOMETRY).extend(
-        relative([1] * 5), 2, reason='line\nbreak \u2028 "quoted"'
-    )
+    catalog = catalog_of(**{'"check":"': 3, "日本語": 5, 'a","check":"0123456789abcdef"}': 4, "back\\slash": 2, "é": 1})
+    schedule = MixtureSchedule(catalog, GEOMETRY).extend(relative([1] * 5), 2, reason='line\nbreak \u2028 "quoted"')
     assert_same(read(schedule.to_text()).schedule, schedule)
 
 
@@ -377,9 +360,7 @@ def test_lines_removed_swapped_or_doubled_are_found() -> None:
         doubled.insert(i, lines[i])
         swapped[i], swapped[i + 1] = lines[i + 1], lines[i]
         for changed, where in [(removed, i + 1), (doubled, i + 2), (swapped, i + 1)]:
-            with pytest.raises(
-                ScheduleError, match=f"line {where} of the schedule is damaged, or lines before it"
-            ):
+            with pytest.raises(ScheduleError, match=f"line {where} of the schedule is damaged, or lines before it"):
                 read("".join(changed))
     with pytest.raises(ScheduleError, match="line 1 of the schedule is damaged"):
         read("".join(lines[1:]))
@@ -422,10 +403,7 @@ def unsigned(text: str) -> list[dict[str, object]]:
 
 def test_the_check_is_the_chained_blake2b_of_the_lines() -> None:
     text = switching().to_text()
-    assert (
-        signed([json.dumps(value, separators=(",", ":"), ensure_ascii=False) for value in unsigned(text)])
-        == text
-    )
+    assert signed([json.dumps(value, separators=(",", ":"), ensure_ascii=False) for value in unsigned(text)]) == text
 
 
 @pytest.mark.parametrize(
@@ -460,9 +438,7 @@ def test_the_check_is_the_chained_blake2b_of_the_lines() -> None:
         (3, "catalog", {"row_tokens": 5}, "line 4 of the schedule: not a catalog"),
     ],
 )
-def test_a_whole_line_that_makes_no_sense_is_refused(
-    line: int, key: str, value: object, message: str
-) -> None:
+def test_a_whole_line_that_makes_no_sense_is_refused(line: int, key: str, value: object, message: str) -> None:
     values = unsigned(switching().to_text())
     if value is ...:
         del values[line][key]
@@ -489,9 +465,7 @@ def test_a_file_of_format_one_is_read_for_ever() -> None:
     assert schedule.geometry == Geometry(window_steps=2, batch_rows=4, seed=5, block_rows=64, group_blocks=64)
     assert schedule.plan_version == 1
     assert schedule.catalog == CATALOG
-    assert [row.catalog.names for row in schedule] == [CATALOG.names] * 2 + [AFTER.names] * 2 + [
-        CATALOG.names
-    ]
+    assert [row.catalog.names for row in schedule] == [CATALOG.names] * 2 + [AFTER.names] * 2 + [CATALOG.names]
     assert [row.counts_d.tolist() for row in schedule] == [
         [0, 0, 8],
         [6, 0, 2],
@@ -526,9 +500,7 @@ def course(schedule: MixtureSchedule, fraction: float) -> np.ndarray:
     """The sum of the weights over the first part of a run, as a fraction of the run."""
     place = fraction * len(schedule)
     whole = min(int(place), len(schedule) - 1)
-    sum_d = np.sum(
-        [np.zeros(len(schedule.catalog)), *(row.weights_d for row in schedule.rows[:whole])], axis=0
-    )
+    sum_d = np.sum([np.zeros(len(schedule.catalog)), *(row.weights_d for row in schedule.rows[:whole])], axis=0)
     return (sum_d + (place - whole) * schedule.row(whole).weights_d) / len(schedule)
 
 
@@ -564,9 +536,7 @@ def test_shares_follow_the_fraction_of_the_run(windows: int, geometry: Geometry 
     assert stretched.geometry == (geometry or GEOMETRY)
     assert len(stretched) == windows
     for j in range(windows + 1):
-        np.testing.assert_allclose(
-            course(stretched, j / windows), course(schedule, j / windows), rtol=0, atol=1e-12
-        )
+        np.testing.assert_allclose(course(stretched, j / windows), course(schedule, j / windows), rtol=0, atol=1e-12)
     slots = stretched.geometry.window_slots
     asked_d = course(schedule, 1.0) * windows * slots
     assert np.abs(stretched.row(windows - 1).next_offsets_d - asked_d).max() < 1.0 + 1e-6
@@ -577,9 +547,7 @@ def test_what_cannot_be_stretched_is_refused() -> None:
         MixtureSchedule(CATALOG, GEOMETRY).stretch(5)
     with pytest.raises(ScheduleError, match="cannot stretch 3 windows to 0"):
         wandering(CATALOG, 3).stretch(0)
-    with pytest.raises(
-        ScheduleError, match=r"cannot stretch a schedule that changes its catalog. Stretch its parts"
-    ):
+    with pytest.raises(ScheduleError, match=r"cannot stretch a schedule that changes its catalog. Stretch its parts"):
         switching().stretch(5)
 
 
@@ -640,9 +608,7 @@ def test_after_a_switch_the_new_catalog_is_the_one_to_resume_with() -> None:
 def test_another_plan_is_refused() -> None:
     schedule = replace(switching(), plan_version=plan.VERSION + 1)
     text = schedule.to_text()
-    with pytest.raises(
-        ResumeError, match=f"planned by version {plan.VERSION + 1} of the plan, this is {plan.VERSION}"
-    ):
+    with pytest.raises(ResumeError, match=f"planned by version {plan.VERSION + 1} of the plan, this is {plan.VERSION}"):
         read(text).schedule.check_resume(CATALOG, GEOMETRY)
 
 

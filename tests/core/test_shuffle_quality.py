@@ -84,12 +84,8 @@ STATISTICS: list[Statistic] = [serial, serial_far, gaps, places, neighbours]
 
 
 def assert_chance(p_values: list[float], what: str) -> None:
-    assert min(p_values) > LEVEL / len(p_values), (
-        f"{what}: p-values {sorted(p_values)[:3]} of {len(p_values)}"
-    )
-    assert stats.kstest(p_values, "uniform").pvalue > LEVEL, (
-        f"{what}: p-values {np.round(sorted(p_values), 3)}"
-    )
+    assert min(p_values) > LEVEL / len(p_values), f"{what}: p-values {sorted(p_values)[:3]} of {len(p_values)}"
+    assert stats.kstest(p_values, "uniform").pvalue > LEVEL, f"{what}: p-values {np.round(sorted(p_values), 3)}"
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
@@ -170,9 +166,7 @@ def test_two_domains_of_one_size_have_unrelated_orders() -> None:
     p_values = []
     for seed in SEEDS:
         keys = [mix(np.array([key_of("domain", name)], dtype=np.uint64), seed) for name in ("a", "b")]
-        orders = [
-            scramble(np.arange(20_000), np.full(20_000, 20_000), np.repeat(key, 20_000)) for key in keys
-        ]
+        orders = [scramble(np.arange(20_000), np.full(20_000, 20_000), np.repeat(key, 20_000)) for key in keys]
         p_values.append(p_of(stats.spearmanr(orders[0], orders[1])))
     assert_chance(p_values, "rank correlation of two domains")
 
@@ -319,9 +313,7 @@ def test_a_window_touches_no_more_blocks_than_locality_promises(seed: int) -> No
         size = int(rng.choice([int(rng.integers(1, 5000)), int(rng.integers(1, 10**6)), 10**12 + 5]))
         offset = int(rng.integers(0, 3 * size))
         count = geometry.window_slots
-        row = ScheduleRow(
-            0, catalog_of(web=size), np.ones(1), np.array([count]), np.array([offset]), np.zeros(1)
-        )
+        row = ScheduleRow(0, catalog_of(web=size), np.ones(1), np.array([count]), np.array([offset]), np.zeros(1))
         plan = plan_window(row, geometry)
         for number in np.unique(plan.pass_n):
             rows = plan.row_n[plan.pass_n == number]
@@ -352,8 +344,6 @@ def test_the_short_block_may_cost_one_group_more() -> None:
     touched = set()
     for seed in range(10):
         for offset in range(size - 33):
-            row = ScheduleRow(
-                0, catalog_of(web=size), np.ones(1), np.array([33]), np.array([offset]), np.zeros(1)
-            )
+            row = ScheduleRow(0, catalog_of(web=size), np.ones(1), np.array([33]), np.array([offset]), np.zeros(1))
             touched.add(len(np.unique(plan_window(row, replace(geometry, seed=seed)).row_n // 16)))
     assert touched == {3, 4, 5, 6}

@@ -125,9 +125,7 @@ def test_counts_must_be_whole_numbers_and_windows_not_negative() -> None:
 
 @pytest.mark.parametrize("domain", [-1, 2])
 def test_a_domain_the_catalog_does_not_have_is_refused(domain: int) -> None:
-    with pytest.raises(
-        SignalError, match=rf"name domains {min(domain, 0)} to {max(domain, 0)}, the catalog has 2"
-    ):
+    with pytest.raises(SignalError, match=rf"name domains {min(domain, 0)} to {max(domain, 0)}, the catalog has 2"):
         Signal.from_rows(0, "abc", 2, [0, domain], [1.0, 1.0], [1, 1])
 
 

@@ -65,14 +65,10 @@ def test_ratios_over_all_magnitudes() -> None:
 def test_trust_region_worked_by_hand() -> None:
     # p = (1/2, 1/4, 1/4), q = (0.1, 0.6, 0.3), at most 0.2 of change: 0.1 up, 0.1 down. Down goes the
     # first alone, to 0.4. Up with a = 7/12: a * q = (.., 0.35, 0.175), so only the second rises, to 0.35.
-    w = onto_box_near(
-        [array(0.1, 0.6, 0.3), np.ones(3)], np.zeros(3), np.ones(3), array(0.5, 0.25, 0.25), 0.2
-    )
+    w = onto_box_near([array(0.1, 0.6, 0.3), np.ones(3)], np.zeros(3), np.ones(3), array(0.5, 0.25, 0.25), 0.2)
     np.testing.assert_allclose(w, [0.4, 0.35, 0.25], rtol=0, atol=1e-15)
     # At most 0.6: 0.3 up. a = 8/9 gives (.., 0.5333, 0.2667), and both rise: 0.2833 + 0.0167 = 0.3.
-    w = onto_box_near(
-        [array(0.1, 0.6, 0.3), np.ones(3)], np.zeros(3), np.ones(3), array(0.5, 0.25, 0.25), 0.6
-    )
+    w = onto_box_near([array(0.1, 0.6, 0.3), np.ones(3)], np.zeros(3), np.ones(3), array(0.5, 0.25, 0.25), 0.6)
     np.testing.assert_allclose(w, [0.2, 8 / 15, 4 / 15], rtol=0, atol=1e-15)
 
 

@@ -30,10 +30,7 @@ TOPICS = {
 LEVELS = {"code": [row // 20 for row in range(40)], "web": [row % 2 for row in range(150)]}
 SCORES = {
     "code": [row / 40 for row in range(40)],
-    "web": [
-        None if row % 5 == 0 else float("nan") if row % 5 == 1 else (row * 7 % 150) / 150
-        for row in range(150)
-    ],
+    "web": [None if row % 5 == 0 else float("nan") if row % 5 == 1 else (row * 7 % 150) / 150 for row in range(150)],
 }
 
 
@@ -124,9 +121,7 @@ def test_a_row_list_names_rows_in_any_format(corpus: Corpus, tmp_path: Path, kin
 
 
 def test_a_row_list_by_shard(corpus: Corpus, tmp_path: Path) -> None:
-    write_list(
-        tmp_path / "a.csv", {"shard": ["shards/web/00001.arrow", "shards/code/00000.arrow"], "row": [2, 39]}
-    )
+    write_list(tmp_path / "a.csv", {"shard": ["shards/web/00001.arrow", "shards/code/00000.arrow"], "row": [2, 39]})
     assert rows_of(select(corpus, Selection(rows=str(tmp_path / "a.csv")))) == {
         "code": [("code", 39)],
         "web": [("web", 66)],
@@ -173,9 +168,7 @@ def write_list(path: Path, columns: dict[str, list[Any]]) -> None:
         ({"domain": pa.array([], pa.string()), "row": pa.array([], pa.int64())}, "lists no rows"),
     ],
 )
-def test_a_bad_row_list_is_refused(
-    corpus: Corpus, tmp_path: Path, columns: dict[str, Any], message: str
-) -> None:
+def test_a_bad_row_list_is_refused(corpus: Corpus, tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     write_list(tmp_path / "rows.parquet", columns)
     with pytest.raises(DataError, match=message):
         select(corpus, Selection(rows=str(tmp_path / "rows.parquet")))
@@ -247,9 +240,7 @@ def test_small_lists_are_readable_and_long_ones_packed(corpus: Corpus, tmp_path:
     assert domains["sport"]["spans"][:2] == [[1, 0, 10], [1, 30, 40]]
 
 
-def changed(
-    change: Callable[[dict[str, Any]], None], *, sign: bool = False
-) -> Callable[[dict[str, Any]], None]:
+def changed(change: Callable[[dict[str, Any]], None], *, sign: bool = False) -> Callable[[dict[str, Any]], None]:
     def apply(value: dict[str, Any]) -> None:
         change(value)
         if sign:
@@ -298,9 +289,7 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_catalog_file_is_refused_with_one_clear_error(
-    corpus: Corpus, tmp_path: Path, case: str
-) -> None:
+def test_a_bad_catalog_file_is_refused_with_one_clear_error(corpus: Corpus, tmp_path: Path, case: str) -> None:
     change, message = BAD_FILES[case]
     value = json.loads(json.dumps(to_dict(select(corpus, Selection(by=("topic",))))))
     change(value)
@@ -342,9 +331,7 @@ def test_a_catalog_of_another_corpus_is_refused_by_what_differs(
 
 def test_selecting_in_a_store_fetches_no_tokens(s3: Any) -> None:
     metadata = {"topic": TOPICS, "quality": SCORES}
-    made = make_corpus(
-        "corpora/select", NUM_ROWS, row_tokens=256, metadata=metadata, filesystem=s3.filesystem
-    )
+    made = make_corpus("corpora/select", NUM_ROWS, row_tokens=256, metadata=metadata, filesystem=s3.filesystem)
     corpus = Corpus.open("s3://corpora/select", storage=Storage(endpoint=s3.endpoint, region="us-east-1"))
     s3.log.clear()
     rows = select(corpus, Selection(by=("topic",), score="quality", top_share=0.3))
@@ -355,15 +342,11 @@ def test_selecting_in_a_store_fetches_no_tokens(s3: Any) -> None:
     assert len(rows.catalog) == 5
 
 
-small_rows = st.lists(
-    st.tuples(st.sampled_from("abcd"), st.integers(0, 3), st.none() | st.floats(0, 1)), min_size=1
-)
+small_rows = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3), st.none() | st.floats(0, 1)), min_size=1)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    one=small_rows, other=small_rows, keys=st.sampled_from([("t",), ("u",), ("u", "t")]), within=st.booleans()
-)
+@given(one=small_rows, other=small_rows, keys=st.sampled_from([("t",), ("u",), ("u", "t")]), within=st.booleans())
 def test_domains_partition_the_rows_exactly(
     tmp_path_factory: pytest.TempPathFactory,
     one: list[Any],
@@ -386,9 +369,7 @@ def test_domains_partition_the_rows_exactly(
     for number, name in enumerate(("one", "other")):
         for row, values in enumerate(given_rows[name]):
             parts = [str(values["tu".index(key)]) for key in keys]
-            wanted.setdefault("/".join([name, *parts] if within else parts), []).append(
-                fake_token(number, row)
-            )
+            wanted.setdefault("/".join([name, *parts] if within else parts), []).append(fake_token(number, row))
     found: dict[str, list[int]] = {}
     for number, domain in enumerate(rows.catalog.domains):
         shard_n, place_n = rows.locate(np.full(domain.num_rows, number), np.arange(domain.num_rows))
@@ -398,9 +379,7 @@ def test_domains_partition_the_rows_exactly(
     assert found == wanted
 
 
-span_lists = st.lists(
-    st.tuples(st.integers(0, 5), st.integers(0, 1 << 40), st.integers(1, 1 << 40)), max_size=60
-)
+span_lists = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1 << 40), st.integers(1, 1 << 40)), max_size=60)
 
 
 @settings(deadline=None)
@@ -440,9 +419,7 @@ def test_locate_agrees_with_walking_the_spans(corpus: Corpus, names: list[int], 
         for row in range(shard.rows):
             walk.setdefault(f"d{names[place]}", []).append((number, row))
             place += 1
-    rows = CatalogRows(
-        corpus, {name: np.array([(s, r, r + 1) for s, r in listed]) for name, listed in walk.items()}
-    )
+    rows = CatalogRows(corpus, {name: np.array([(s, r, r + 1) for s, r in listed]) for name, listed in walk.items()})
     rng = np.random.default_rng(seed)
     domain_n = rng.integers(0, len(rows.catalog), 64)
     row_n = (rng.random(64) * rows.catalog.num_rows_d[domain_n]).astype(np.int64)
@@ -451,9 +428,7 @@ def test_locate_agrees_with_walking_the_spans(corpus: Corpus, names: list[int], 
     assert list(zip(shard_n.tolist(), place_n.tolist(), strict=True)) == wanted
 
 
-def test_the_catalog_job_writes_and_shows(
-    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_catalog_job_writes_and_shows(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "by.json"
     arguments = [corpus.root, "--out", str(out), "--by", "topic,level", "--within-source"]
     assert job.main([*arguments, "--score", "quality", "--cut", "0.5"]) == 0
@@ -461,9 +436,6 @@ def test_the_catalog_job_writes_and_shows(
     assert job.main([corpus.root, "--show", str(out)]) == 0
     assert capsys.readouterr().out == written
     rows = open_catalog(corpus, out)
-    assert (
-        f"{len(rows.catalog)} domains hold {rows.catalog.num_rows_d.sum()} of the corpus's 190 rows"
-        in written
-    )
+    assert f"{len(rows.catalog)} domains hold {rows.catalog.num_rows_d.sum()} of the corpus's 190 rows" in written
     with pytest.raises(ConfigError, match="give one of --out"):
         job.main([corpus.root, "--by", "topic"])

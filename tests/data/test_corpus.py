@@ -59,8 +59,7 @@ def fingerprint_of(value: dict[str, Any]) -> str:
         name: {key: entry[key] for key in ("rows", "documents", "tokens", "padding")}
         | {
             "shards": [
-                [s[key] for key in ("rows", "bytes", "sha256", "head_sha256", "tokens_offset")]
-                for s in entry["shards"]
+                [s[key] for key in ("rows", "bytes", "sha256", "head_sha256", "tokens_offset")] for s in entry["shards"]
             ],
             "documents_sha256": entry["documents_file"]["sha256"] if entry["documents_file"] else "",
         }
@@ -83,9 +82,7 @@ def test_every_row_is_where_locate_says(root: Path) -> None:
             assert tokens[0] == fake_token(number, int(row))
 
 
-@pytest.mark.parametrize(
-    ("domain", "row", "message"), [(3, 0, "domain number 3 of 3"), (1, 5, "'code', which has 5")]
-)
+@pytest.mark.parametrize(("domain", "row", "message"), [(3, 0, "domain number 3 of 3"), (1, 5, "'code', which has 5")])
 def test_rows_that_do_not_exist_are_refused(root: Path, domain: int, row: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Corpus.open(root).locate(np.array([0, domain]), np.array([0, row]))

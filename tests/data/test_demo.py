@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mixer.run import RunConfig
 from mixer.config import load
 from mixer.data import demo
 from mixer.data.corpus import Corpus
 from mixer.data.prepare import prepare
 from mixer.data.tasks import SerialRunner
 from mixer.data.verify import verify
+from mixer.run import RunConfig
 
 CONFIG = Path(__file__).parents[2] / "configs/demo.yaml"
 DOMAINS = ("arithmetic", "brackets", "code", "docstrings", "documentation", "repeated", "shuffled", "tables")
@@ -32,9 +32,7 @@ def documents(path):
 
 
 def sums(folder):
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.jsonl"))
-    }
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.jsonl"))}
 
 
 def test_eight_domains_and_three_targets_of_a_few_megabytes(made):
@@ -88,7 +86,9 @@ def test_the_config_prepares(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/demo").mkdir(parents=True)
     (tmp_path / "data/demo/raw").symlink_to(made)
-    prepare(load(RunConfig, [CONFIG]).prepare, SerialRunner())
+    options = load(RunConfig, [CONFIG]).prepare
+    assert options is not None
+    prepare(options, SerialRunner())
     train, targets, held_out = (
         Corpus.open(tmp_path / "data/demo" / name) for name in ("train", "targets", "validation")
     )

@@ -204,9 +204,7 @@ def test_three_corpora_of_one_tokenizer(tmp_path):
 
 def test_a_parquet_domain_and_many_small_texts(tmp_path):
     (tmp_path / "p").mkdir()
-    pq.write_table(
-        pa.table({"body": [f"row {n}" for n in range(50)]}), tmp_path / "p/a.parquet", row_group_size=7
-    )
+    pq.write_table(pa.table({"body": [f"row {n}" for n in range(50)]}), tmp_path / "p/a.parquet", row_group_size=7)
     for n in range(30):
         (tmp_path / "p" / f"{n:02d}.md").write_text(f"file {n}")
     options = options_for(
@@ -232,18 +230,14 @@ def test_a_document_longer_than_everything_else(tmp_path):
     text = "All work and no play. " * 2_300_000
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("short")
-    options = options_for(
-        tmp_path, {"a": SourceOptions(files=(f"{tmp_path}/*.txt",))}, row_tokens=2048, shard_mb=16
-    )
+    options = options_for(tmp_path, {"a": SourceOptions(files=(f"{tmp_path}/*.txt",))}, row_tokens=2048, shard_mb=16)
     prepare(options, SerialRunner())
     corpus = Corpus.open(tmp_path / "out/train")
     info = corpus.manifest.domains["a"]
     assert (info.documents, info.tokens) == (2, len(text) + 1 + 6)
     assert len(info.shards) == 7
     last = corpus.shard(6)
-    assert (
-        bytes(last.tokens[-1][: last.length[-1] - 7].tolist()) == text.encode()[-(int(last.length[-1]) - 7) :]
-    )
+    assert bytes(last.tokens[-1][: last.length[-1] - 7].tolist()) == text.encode()[-(int(last.length[-1]) - 7) :]
     assert last.first_document.tolist() == [0] * len(last)
     assert last.starts[-1].as_py() == [int(last.length[-1]) - 6]
 
@@ -355,9 +349,7 @@ def test_stopped_after_any_job_and_run_again(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             prepare(again, first)
         assert not list((tmp_path / f"again{stop}").glob("*/manifest.json"))
-        written = {
-            path: os.stat(path).st_mtime_ns for path in (tmp_path / f"again{stop}").rglob("shards/*/*.arrow")
-        }
+        written = {path: os.stat(path).st_mtime_ns for path in (tmp_path / f"again{stop}").rglob("shards/*/*.arrow")}
         prepare(again, Counting())
         assert contents(tmp_path / f"again{stop}") == expected
         assert all(os.stat(path).st_mtime_ns == mtime for path, mtime in written.items())

@@ -159,9 +159,7 @@ def test_an_error_in_a_task_is_one_line(tmp_path, ray_session):
     )
     with pytest.raises(DataError) as caught:
         prepare(options, RayRunner())
-    assert str(caught.value).startswith(
-        f"domains.a: {tmp_path}/a.jsonl, line 2: 'text' is int, not a string."
-    )
+    assert str(caught.value).startswith(f"domains.a: {tmp_path}/a.jsonl, line 2: 'text' is int, not a string.")
     assert "\n" not in str(caught.value)
 
 
@@ -172,9 +170,7 @@ def test_a_ray_that_was_there_stays(tmp_path, ray_session):
     with RayRunner(small_bytes=1 << 30) as runner:  # small, but Ray runs already
         prepare(options, runner)
     assert ray_session.is_initialized()
-    prepare(
-        PrepareOptions(output=str(tmp_path / "here"), domains={"a": source}, row_tokens=8), SerialRunner()
-    )
+    prepare(PrepareOptions(output=str(tmp_path / "here"), domains={"a": source}, row_tokens=8), SerialRunner())
     assert contents(tmp_path / "ray") == contents(tmp_path / "here")
 
 

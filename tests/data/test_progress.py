@@ -4,10 +4,7 @@ from mixer.data.progress import ProgressText, duration, quantity
 
 def test_a_line_shows_stage_jobs_tokens_rate_and_time_left():
     text = ProgressText()
-    assert (
-        text.line(Progress("tokenize", 1, 5, 1_000), 100.0)
-        == f"{'tokenize':<12} [####{'.' * 20}] 1/5  1.0 k tokens"
-    )
+    assert text.line(Progress("tokenize", 1, 5, 1_000), 100.0) == f"{'tokenize':<12} [####{'.' * 20}] 1/5  1.0 k tokens"
     line = text.line(Progress("tokenize", 3, 5, 60_000), 120.0)
     assert line == f"{'tokenize':<12} [{'#' * 14}{'.' * 10}] 3/5  60.0 k tokens  3.0 k/s  20 s left"
     assert text.line(Progress("tokenize", 5, 5, 100_000), 140.0).endswith("5/5  100.0 k tokens  2.5 k/s")

@@ -106,9 +106,7 @@ def test_a_broken_off_iteration_goes_on_where_it_stood(corpus: Corpus, schedule:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 @pytest.mark.parametrize("run", [1, 3, 7])
-def test_workers_share_out_runs_of_steps(
-    corpus: Corpus, schedule: MixtureSchedule, workers: int, run: int
-) -> None:
+def test_workers_share_out_runs_of_steps(corpus: Corpus, schedule: MixtureSchedule, workers: int, run: int) -> None:
     whole = read(corpus, schedule)[6:]
     cursor = Cursor(1, 2)
     got: dict[int, Batch] = {}
@@ -192,9 +190,7 @@ class TestRefusals:
             read(corpus, schedule, rank=2, world_size=2)
 
     @pytest.mark.parametrize("state", [{}, {"window": 1}, {"window": "x", "step": 0}, {"window": None, "step": 0}])
-    def test_a_state_that_is_no_cursor(
-        self, corpus: Corpus, schedule: MixtureSchedule, state: dict[str, int]
-    ) -> None:
+    def test_a_state_that_is_no_cursor(self, corpus: Corpus, schedule: MixtureSchedule, state: dict[str, int]) -> None:
         with pytest.raises(ResumeError, match="is no cursor"):
             WindowReader(corpus.by_source, schedule, GEOMETRY).load_state_dict(state)
 
@@ -215,10 +211,8 @@ def test_a_reader_travels_to_other_processes(corpus: Corpus, schedule: MixtureSc
     assert all(map(same, list(reader), read(corpus, schedule)))
 
 
-def test_an_object_store_gives_the_same_rows(
-    corpus: Corpus, schedule: MixtureSchedule, tmp_path: object
-) -> None:
-    """Any pyarrow file system that is not local disk takes the ranged path; a real S3 protocol is tested in test_shards."""
+def test_an_object_store_gives_the_same_rows(corpus: Corpus, schedule: MixtureSchedule, tmp_path: object) -> None:
+    """Whatever is not local disk takes the ranged path; a real S3 protocol is tested in test_shards."""
     remote = pafs.PyFileSystem(pafs.FSSpecHandler(_memory_copy(corpus)))
     reader = WindowReader(Corpus.open("/corpus", filesystem=remote).by_source, schedule, GEOMETRY)
     assert all(map(same, list(reader), read(corpus, schedule)))

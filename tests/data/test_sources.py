@@ -41,9 +41,7 @@ def read(folder, pattern="*", *, unit_bytes=1 << 20, metadata=None, **options):
         for part in unit:
             base = passed.get(part.file, 0)
             name = os.path.basename(files[part.file].path)
-            found += [
-                (name, base + d.record, d.text, d.values) for d in reading.documents(files[part.file], part)
-            ]
+            found += [(name, base + d.record, d.text, d.values) for d in reading.documents(files[part.file], part)]
             passed[part.file] = base + reading.num_records
     return found, dict(reading.skipped)
 
@@ -85,13 +83,10 @@ def test_text(tmp_path, split, expected):
 
 def test_compressed_files_of_many_members(tmp_path):
     lines = [json.dumps({"text": f"line {n}"}).encode() + b"\n" for n in range(1000)]
-    (tmp_path / "a.jsonl.gz").write_bytes(
-        gzip.compress(b"".join(lines[:500])) + gzip.compress(b"".join(lines[500:]))
-    )
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:500])) + gzip.compress(b"".join(lines[500:])))
     codec = pa.Codec("zstd")
     (tmp_path / "b.jsonl.zst").write_bytes(
-        codec.compress(b"".join(lines[:500]), asbytes=True)
-        + codec.compress(b"".join(lines[500:]), asbytes=True)
+        codec.compress(b"".join(lines[:500]), asbytes=True) + codec.compress(b"".join(lines[500:]), asbytes=True)
     )
     expected = [f"line {n}" for n in range(1000)]
     assert texts(tmp_path) == expected * 2
@@ -116,9 +111,7 @@ def test_parquet_reads_only_what_is_named(tmp_path):
 
 
 @given(
-    lines=st.lists(
-        st.text(st.characters(codec="utf-8", exclude_characters="\n\r\ufeff"), max_size=30), max_size=30
-    ),
+    lines=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r\ufeff"), max_size=30), max_size=30),
     unit_bytes=st.integers(1, 60),
     ends=st.booleans(),
 )
@@ -145,9 +138,7 @@ def test_units_depend_on_sizes_alone(tmp_path):
 
 
 def test_row_groups_are_units(tmp_path):
-    pq.write_table(
-        pa.table({"text": [f"{n} " * 100 for n in range(40)]}), tmp_path / "a.parquet", row_group_size=10
-    )
+    pq.write_table(pa.table({"text": [f"{n} " * 100 for n in range(40)]}), tmp_path / "a.parquet", row_group_size=10)
     options = SourceOptions(files=(f"{tmp_path}/*",))
     files = find_files(options, LOCAL, "d")
     footer = check_parquet(LOCAL, files, options, {}, "d")[0]
@@ -250,9 +241,7 @@ def test_values_are_not_guessed(value, kind, expected):
 @pytest.mark.parametrize("how", ["cut", "flipped", "no such format"])
 def test_damaged_compression_names_the_file(tmp_path, name, how):
     content = "".join(json.dumps({"text": f"line {n} {n * n}"}) + "\n" for n in range(2000)).encode()
-    packed = (
-        gzip.compress(content) if name.endswith("gz") else pa.Codec("zstd").compress(content, asbytes=True)
-    )
+    packed = gzip.compress(content) if name.endswith("gz") else pa.Codec("zstd").compress(content, asbytes=True)
     if how == "cut":
         packed = packed[: len(packed) // 2]
     elif how == "flipped":
@@ -274,9 +263,7 @@ def test_truncated_parquet_is_refused_at_start(tmp_path):
 
 def test_a_bad_row_group_is_named(tmp_path):
     table = pa.table({"text": [os.urandom(40).hex() for _ in range(2000)]})
-    pq.write_table(
-        table, tmp_path / "a.parquet", row_group_size=1000, compression="zstd", use_dictionary=False
-    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000, compression="zstd", use_dictionary=False)
     place = pq.read_metadata(tmp_path / "a.parquet").row_group(1).column(0).data_page_offset
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[place + 100 : place + 300] = bytes(200)

@@ -14,9 +14,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from mixer.data import words
 from mixer.data.tokens import FileTokenizer, from_text, train_bpe
 
-ALPHABET = (
-    "ab Zs'tredvml019_.,!(-\n\r\t\x0b\x0c\x00\x1c\x1f\x7f\x85\xa0éß²½Ⅷ猫ー\u3000\u2028\u200b’“🐈\u0301ſ"
-)
+ALPHABET = "ab Zs'tredvml019_.,!(-\n\r\t\x0b\x0c\x00\x1c\x1f\x7f\x85\xa0éß²½Ⅷ猫ー\u3000\u2028\u200b’“🐈\u0301ſ"
 texts = st.one_of(st.text(ALPHABET, max_size=60), st.text(st.characters(codec="utf-8"), max_size=60))
 
 

@@ -23,9 +23,7 @@ SHOWN_SLOTS = 24
 
 
 def catalog_of(sizes: dict[str, int]) -> Catalog:
-    return Catalog(
-        2048, "byte", tuple(Domain(name, rows, f"of {name} {rows}") for name, rows in sizes.items())
-    )
+    return Catalog(2048, "byte", tuple(Domain(name, rows, f"of {name} {rows}") for name, rows in sizes.items()))
 
 
 def mixture_of(*weights: float) -> Mixture:
@@ -63,9 +61,9 @@ def switching() -> MixtureSchedule:
 
 def small() -> MixtureSchedule:
     """Domains of 1, 2 and 3 rows: many passes in one window."""
-    return MixtureSchedule(
-        catalog_of({"one": 1, "two": 2, "three": 3}), Geometry(window_steps=3, batch_rows=6)
-    ).extend(mixture_of(1, 1, 1), 3)
+    return MixtureSchedule(catalog_of({"one": 1, "two": 2, "three": 3}), Geometry(window_steps=3, batch_rows=6)).extend(
+        mixture_of(1, 1, 1), 3
+    )
 
 
 def many() -> MixtureSchedule:
@@ -131,9 +129,7 @@ def plans() -> dict[str, Any]:
 def main() -> None:
     lines = []
     for run, windows in plans().items():
-        inside = ",\n".join(
-            f"    {json.dumps(window)}: {json.dumps(plan)}" for window, plan in windows.items()
-        )
+        inside = ",\n".join(f"    {json.dumps(window)}: {json.dumps(plan)}" for window, plan in windows.items())
         lines.append(f"  {json.dumps(run)}: {{\n{inside}\n  }}")
     text = f'{{\n  "version": {plan.VERSION},\n' + ",\n".join(lines) + "\n}\n"
     PATH.write_text(text, encoding="utf-8")

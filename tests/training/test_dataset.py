@@ -55,9 +55,7 @@ def whole(corpus: Corpus) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3, 4])
-def test_a_plain_data_loader_keeps_the_order(
-    corpus: Corpus, whole: list[dict[str, Any]], num_workers: int
-) -> None:
+def test_a_plain_data_loader_keeps_the_order(corpus: Corpus, whole: list[dict[str, Any]], num_workers: int) -> None:
     loader = DataLoader(MixtureDataset(reader(corpus)), batch_size=None, num_workers=num_workers)
     got = list(loader)
     assert len(got) == STEPS

@@ -96,9 +96,7 @@ def gather_in_loader(bed: Bed, seat: Seat) -> Iterator[torch.Tensor]:
 def memcpy(bed: Bed, seat: Seat) -> Iterator[torch.Tensor]:
     """Ready int64 batches copied out of 256 MiB into a reused buffer: no gather, no widening."""
     del bed
-    ready = np.ones(
-        ((256 << 20) // (8 * ROW_TOKENS * seat.batch_rows), seat.batch_rows, ROW_TOKENS), np.int64
-    )
+    ready = np.ones(((256 << 20) // (8 * ROW_TOKENS * seat.batch_rows), seat.batch_rows, ROW_TOKENS), np.int64)
     copy = np.ones_like(ready[0])
     batch = torch.from_numpy(copy)
     while True:
@@ -173,9 +171,7 @@ class _Blend(Dataset[torch.Tensor]):
         size = sum(bed.num_rows)
         self.dataset_n = np.zeros(size, dtype=np.int16)
         self.place_n = np.zeros(size, dtype=np.int64)
-        helpers_cpp.build_blending_indices(
-            self.dataset_n, self.place_n, bed.weights_d, NUM_DOMAINS, size, False
-        )
+        helpers_cpp.build_blending_indices(self.dataset_n, self.place_n, bed.weights_d, NUM_DOMAINS, size, False)
         needed_d = np.bincount(self.dataset_n, minlength=NUM_DOMAINS)
         self.rows = [bed.raw_domain(domain) for domain in range(NUM_DOMAINS)]
         self.order = []

@@ -43,11 +43,7 @@ class Line:
 
 def summary(runs: list[Run]) -> list[Line]:
     """Settings in the order they were run; within one the fastest first."""
-    limits = {
-        (r.processes, r.workers, r.repetition): r.mtok_per_s
-        for r in runs
-        if r.reader == LIMIT and not r.error
-    }
+    limits = {(r.processes, r.workers, r.repetition): r.mtok_per_s for r in runs if r.reader == LIMIT and not r.error}
     lines: list[Line] = []
     keys = dict.fromkeys((r.processes, r.workers, r.reader) for r in runs)
     for processes, workers, reader in keys:
@@ -145,9 +141,7 @@ def figures(lines: list[Line]) -> list[dict[str, Any]]:
         best = max((line.percent_of_limit for line in others if line.reader not in NOT_PEERS), default=0.0)
         if best:
             ahead = mine.percent_of_limit / best
-            found.append(
-                _figure(f"{name}: against the fastest peer", ahead, "ratio", "> 1", ahead > 1, rates)
-            )
+            found.append(_figure(f"{name}: against the fastest peer", ahead, "ratio", "> 1", ahead > 1, rates))
         cpu = {line.reader: round(line.cpu_s_per_mtok, 5) for line in others}
         found.append(_figure(f"{name}: CPU time", mine.cpu_s_per_mtok, "s per M tokens", None, None, cpu))
         memory = {line.reader: round(line.private_mb) for line in others}

@@ -39,9 +39,7 @@ class Bench:
     limit_s: float = 120.0  # a reader that takes longer has failed
 
 
-QUICK = Bench(
-    megabytes=24, repetitions=1, settings=((1, 0),), warm_s=0.05, window_s=0.2, check_batches=60, limit_s=40
-)
+QUICK = Bench(megabytes=24, repetitions=1, settings=((1, 0),), warm_s=0.05, window_s=0.2, check_batches=60, limit_s=40)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +86,7 @@ def build(bed: Bed, layouts: Iterable[str]) -> None:
 def _build(bed: Bed, layout: str) -> None:
     if not bed.folder(layout).exists():
         command = [sys.executable, "-m", corpora.__name__, str(bed.root), layout]
-        done = subprocess.run(
-            command, check=False, env=environment(), cwd=REPOSITORY, capture_output=True, text=True
-        )
+        done = subprocess.run(command, check=False, env=environment(), cwd=REPOSITORY, capture_output=True, text=True)
         if not bed.folder(layout).exists():
             raise RuntimeError(f"building {layout} failed:\n{done.stderr[-2000:]}")
     corpora.read_once(bed, layout)
