@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from mixer.core.catalog import Domain
 from mixer.core.errors import ConfigError, DataError
 from mixer.data import demo, sampling
 from mixer.data import tokens as tokenizers
@@ -84,6 +85,8 @@ class PrepareOptions:
         for name, value in (("unit_mb", self.unit_mb), ("shard_mb", self.shard_mb)):
             if not value > 0:
                 raise ConfigError(f"prepare.{name}={value}; it must be above 0. Raise it.")
+        for name in (*self.domains, *self.targets):
+            Domain(name, 1, "")  # refuses names that no catalog can have
         self.layout("uint16")  # refuses row lengths and metadata keys that no shard can have
 
     def layout(self, dtype: str) -> Layout:

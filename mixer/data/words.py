@@ -34,6 +34,7 @@ PATTERN = re.compile(
 )
 MAX_WORDS = 1 << 18  # remembered; some ten megabytes
 MAX_CHARS = 32  # of a word that is remembered
+MOSTLY_BEYOND = 1.5  # UTF-8 bytes a character: so much beyond ASCII that hardly a word would be remembered
 
 
 def applies_to(definition: dict[str, Any]) -> bool:
@@ -60,6 +61,8 @@ class WordEncoder:
         self._known: dict[str, bytes] = {}
 
     def encode(self, text: str) -> NDArray[Any]:
+        if not text.isascii() and len(text.encode()) >= MOSTLY_BEYOND * len(text):
+            return np.array(self._encode_words([text])[0], self._dtype)
         words = PATTERN.findall(text)
         found: list[Any] = list(map(self._known.get, words))
         try:

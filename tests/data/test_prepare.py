@@ -301,10 +301,11 @@ def test_two_preparations_of_one_output(tmp_path):
         ({"unit_mb": 0}, "unit_mb=0"),
         ({"domains": {}}, "needed at least one domain"),
         ({"metadata": {"tokens": MetadataOptions()}}, "metadata key 'tokens'"),
+        ({"targets": {"new\nline": SourceOptions()}}, r"domain name 'new\\nline' is empty, padded"),
     ],
 )
 def test_options_that_cannot_be_obeyed(tmp_path, change, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         options_for(tmp_path, **{"domains": {"a": SourceOptions()}, **change})
 
 
