@@ -16,7 +16,7 @@ number of ranks nor any clock, message or earlier call has a say in what a slot 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,8 @@ from numpy.typing import NDArray
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ConfigError
 from mixer.core.permute import mix, shuffle
-
-if TYPE_CHECKING:
-    from mixer.core.ports import MixtureFeed
-    from mixer.core.schedule import ScheduleRow
+from mixer.core.ports import MixtureFeed
+from mixer.core.row import ScheduleRow
 
 Ints = NDArray[np.int64]
 
@@ -125,19 +123,19 @@ class WindowPlan:
 class Plan:
     """The rows of any window, in any order of asking, always the same."""
 
-    feed: "MixtureFeed"
+    feed: MixtureFeed
     geometry: Geometry
 
     def window(self, window: int) -> WindowPlan:
         return plan_window(self.feed.row(window), self.geometry)
 
 
-def plan_window(row: "ScheduleRow", geometry: Geometry) -> WindowPlan:
+def plan_window(row: ScheduleRow, geometry: Geometry) -> WindowPlan:
     """Lay out one window. O(slots + domains), whatever the rows in the corpus or the place in the run."""
     return plan_windows([row], geometry)[0]
 
 
-def plan_windows(rows: Sequence["ScheduleRow"], geometry: Geometry) -> list[WindowPlan]:
+def plan_windows(rows: Sequence[ScheduleRow], geometry: Geometry) -> list[WindowPlan]:
     """Lay out several windows at once, each as if it were alone: for small ones that is many times faster."""
     domains = [np.flatnonzero(row.counts_d) for row in rows]
     domain_a = np.concatenate(domains)  # "active": one domain of one window that gives rows in it

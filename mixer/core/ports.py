@@ -6,7 +6,7 @@ In a test a list is.
 
 from typing import Protocol
 
-from mixer.core.schedule import ScheduleRow
+from mixer.core.row import ScheduleRow
 from mixer.core.signal import Signal
 
 

@@ -34,6 +34,7 @@ from mixer.core.catalog import Catalog
 from mixer.core.errors import MixerError, ResumeError, ScheduleError
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Geometry
+from mixer.core.row import ScheduleRow
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -44,32 +45,6 @@ EXACT_SUM = 1e-15  # weights whose sum is this near to 1 are bound to the last b
 CHECK_HEX = 16
 _CHECK = ',"check":"'
 _CATALOG_LINE = b'{"catalog_from"'
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduleRow:
-    """One window's commitment. `signals_through` is the last window whose signal it depends on, -1 for none."""
-
-    window: int
-    catalog: Catalog
-    weights_d: Floats
-    counts_d: Ints
-    offsets_d: Ints
-    carry_d: Floats
-    signals_through: int = -1
-    reason: str = "prior"
-
-    @property
-    def next_offsets_d(self) -> Ints:
-        return self.offsets_d + self.counts_d
-
-    @property
-    def next_carry_d(self) -> Floats:
-        return self.carry_d + self.weights_d * int(self.counts_d.sum()) - self.counts_d
-
-    @property
-    def mixture(self) -> Mixture:
-        return Mixture(self.weights_d)
 
 
 @dataclass(slots=True)

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from mixer.core.errors import DataError, ResumeError
 from mixer.core.plan import Cursor, Geometry, plan_windows
 from mixer.core.ports import MixtureFeed
-from mixer.core.schedule import MixtureSchedule, ScheduleRow
+from mixer.core.row import ScheduleRow
+from mixer.core.schedule import MixtureSchedule
 from mixer.data.corpus import CatalogRows
 from mixer.data.window import RankRows, locate
 

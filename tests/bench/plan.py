@@ -17,7 +17,8 @@ import numpy as np
 from mixer.core.catalog import Catalog, Domain
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Cursor, Geometry, Plan, plan_window
-from mixer.core.schedule import LineWriter, MixtureSchedule, ScheduleRow
+from mixer.core.row import ScheduleRow
+from mixer.core.schedule import LineWriter, MixtureSchedule
 
 COMMAND = "python -m tests.bench.plan"
 DOMAINS = (8, 64, 576, 4_096, 65_536)

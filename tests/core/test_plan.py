@@ -8,7 +8,8 @@ from mixer.core.catalog import Catalog, Domain
 from mixer.core.errors import ConfigError, ScheduleError
 from mixer.core.permute import key_of, mix, shuffle
 from mixer.core.plan import Cursor, Geometry, Plan, plan_window
-from mixer.core.schedule import MixtureSchedule, ScheduleRow
+from mixer.core.row import ScheduleRow
+from mixer.core.schedule import MixtureSchedule
 from tests.core.making import (
     catalog_of,
     catalog_of_sizes,

@@ -18,7 +18,8 @@ from mixer.core.errors import InfeasibleError
 from mixer.core.mixture import Mixture
 from mixer.core.permute import mix, unscramble
 from mixer.core.plan import Cursor, Geometry, Plan, WindowPlan, plan_window
-from mixer.core.schedule import MixtureSchedule, ScheduleRow, read
+from mixer.core.row import ScheduleRow
+from mixer.core.schedule import MixtureSchedule, read
 from tests.core import moves
 from tests.core.making import catalog_of_sizes, pairs, windows_of
 

@@ -12,7 +12,8 @@ from mixer.core.catalog import Catalog, Domain
 from mixer.core.errors import ConfigError, ResumeError, ScheduleError
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Geometry
-from mixer.core.schedule import LineWriter, MixtureSchedule, ScheduleRow, read
+from mixer.core.row import ScheduleRow
+from mixer.core.schedule import LineWriter, MixtureSchedule, read
 from tests.core.making import (
     catalog_of,
     catalog_of_sizes,

@@ -26,7 +26,7 @@ from scipy import stats
 
 from mixer.core.permute import key_of, mix, scramble, shuffle
 from mixer.core.plan import Geometry, plan_window
-from mixer.core.schedule import ScheduleRow
+from mixer.core.row import ScheduleRow
 from tests.core.making import catalog_of
 
 SEEDS = range(10)

@@ -16,7 +16,8 @@ from mixer.core import plan
 from mixer.core.catalog import Catalog, Domain
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Geometry, Plan, plan_window
-from mixer.core.schedule import MixtureSchedule, ScheduleRow
+from mixer.core.row import ScheduleRow
+from mixer.core.schedule import MixtureSchedule
 
 PATH = Path(__file__).parent / "plans.json"
 SHOWN_SLOTS = 24
