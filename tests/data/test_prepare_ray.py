@@ -68,7 +68,7 @@ def start(tmp_path, output, *more):
         stderr=subprocess.PIPE,
         text=True,
         # A shell that starts the tests in the background has interrupts ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
 
 
