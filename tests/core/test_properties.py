@@ -90,7 +90,9 @@ def runs(
     move, seed = draw(st.sampled_from(families)), draw(st.integers(0, 1 << 32))
     rng = np.random.default_rng(seed)
     schedule, asked = MixtureSchedule(catalog, draw(geometries(least_batch_rows))), []
-    for _ in range(draw(windows or st.integers(1, 12 if len(catalog) < 500 else 6))):
+    if windows is None:
+        windows = st.integers(1, 12 if len(catalog) < 500 else 6)
+    for _ in range(draw(windows)):
         mixture = move(schedule, rng)
         asked.append(mixture.weights_d)
         schedule.append(schedule.propose(mixture))
