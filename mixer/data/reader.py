@@ -50,7 +50,9 @@ class Batch(NamedTuple):
 
     def cursor(self, geometry: Geometry) -> Cursor:
         """Where to go on after this batch."""
-        return _after(self.window, self.step, geometry)
+        if self.step + 1 < geometry.window_steps:
+            return Cursor(self.window, self.step + 1)
+        return Cursor(self.window + 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ class WindowReader:
             prefetch_windows = 0 if is_mapped else 1
         self.geometry = geometry
         self.windows = windows
-        self._at = Cursor()
+        self._start = Cursor()
+        self._done: tuple[int, int] | None = None  # window and step last handed out since then
         self._rows = {one.catalog.fingerprint: one for one in catalogs}
         self._feed = feed
         self._rank, self._world_size = rank, world_size
@@ -120,7 +123,10 @@ class WindowReader:
     @property
     def cursor(self) -> Cursor:
         """The next step to be read."""
-        return self._at
+        if self._done is None:
+            return self._start
+        window, step = self._done
+        return Cursor(window, step + 1) if step + 1 < self.geometry.window_steps else Cursor(window + 1, 0)
 
     @cursor.setter
     def cursor(self, cursor: Cursor) -> None:
@@ -129,7 +135,7 @@ class WindowReader:
                 f"{cursor} is of another run: windows here have {self.geometry.window_steps} steps, counted from 0. "
                 "Use the state with the geometry it was saved under."
             )
-        self._at = cursor
+        self._start, self._done = cursor, None
 
     def state_dict(self) -> dict[str, int]:
         """The cursor: good for any rank of any world size of the same run."""
@@ -156,7 +162,7 @@ class WindowReader:
             steps = np.arange(max(first, begin), end)
             mine = steps[(steps - first) // run % workers == worker]
             for batch in self._batches(rows, mine - begin):
-                self._at = _after(batch.window, batch.step, self.geometry)
+                self._done = batch[:2]
                 yield batch
 
     @property
@@ -219,12 +225,10 @@ class WindowReader:
             strict=True,
         )
         per_chunk = max(1, CHUNK_ROWS // num_rows)
-        narrow, wide = SpareArrays(rows.token_type), SpareArrays(np.dtype(np.int64))
+        wide = SpareArrays(np.dtype(np.int64))
         for first in range(0, len(step_n), per_chunk):
-            places = place_nb[first : first + per_chunk].reshape(-1)
-            chunk = narrow.take(len(places), rows.row_tokens)
-            rows.copy_tokens(places, chunk)
-            for begin in range(0, len(places), num_rows):
+            chunk = rows.copy_tokens(place_nb[first : first + per_chunk].reshape(-1))
+            for begin in range(0, len(chunk), num_rows):
                 window, step, domain, row, length, offsets, low, high = next(small)
                 tokens = chunk[begin : begin + num_rows]
                 if self._widen:
@@ -232,10 +236,6 @@ class WindowReader:
                     wider[...] = tokens
                     tokens = wider
                 yield Batch(window, step, one(tokens), domain, row, length, one(rows.starts[low:high]), offsets)
-
-
-def _after(window: int, step: int, geometry: Geometry) -> Cursor:
-    return Cursor(window, step + 1) if step + 1 < geometry.window_steps else Cursor(window + 1, 0)
 
 
 class SpareArrays:

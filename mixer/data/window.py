@@ -37,7 +37,7 @@ class RankRows:
     check_n: NDArray[np.uint64]
     starts: NDArray[np.int32]
     starts_offsets: NDArray[np.int64]
-    maps: list[NDArray[Any]]  # the tokens of each shard, where they are mapped
+    maps: list[memoryview]  # the bytes of each shard's tokens, where they are mapped
     fetched: NDArray[Any] | None  # all tokens, where they are not
 
     def __len__(self) -> int:
@@ -47,18 +47,22 @@ class RankRows:
     def token_type(self) -> np.dtype[Any]:
         return self.shards[0].layout.token_type
 
-    def copy_tokens(self, places: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """The tokens of the rows at `places` into `out`, checked."""
+    def copy_tokens(self, places: NDArray[np.int64]) -> NDArray[Any]:
+        """The tokens of the rows at `places`, checked, in memory of their own."""
         if self.fetched is not None:
-            np.take(self.fetched, places, axis=0, out=out)
+            tokens = self.fetched[places]
         else:
+            size = self.row_tokens * self.token_type.itemsize
             maps = self.maps
-            shards, rows = self.shard_n[places].tolist(), self.shard_row_n[places].tolist()
-            # Row by row: as fast as one gather, and needs no second copy into slot order.
-            for i, (shard, row) in enumerate(zip(shards, rows, strict=True)):
-                out[i] = maps[shard][row]
-        if not np.array_equal(check_rows(out), self.check_n[places]):
-            self._refuse(places, out)
+            shards, firsts = self.shard_n[places].tolist(), (self.shard_row_n[places] * size).tolist()
+            # Joining slices copies each row once, at half the cost of an assignment a row.
+            joined = bytearray().join(
+                [maps[shard][first : first + size] for shard, first in zip(shards, firsts, strict=True)]
+            )
+            tokens = np.frombuffer(joined, self.token_type).reshape(len(places), self.row_tokens)
+        if not np.array_equal(check_rows(tokens), self.check_n[places]):
+            self._refuse(places, tokens)
+        return tokens
 
     def _refuse(self, places: NDArray[np.int64], tokens: NDArray[Any]) -> None:
         for number, shard in enumerate(self.shards):
@@ -96,7 +100,7 @@ def locate(plans: Sequence[WindowPlan], rows: CatalogRows, rank: int, world_size
     row_tokens = plans[0].catalog.row_tokens
     maps, fetched = [], None
     if all(shard.is_mapped for shard in shards):
-        maps = [shard.tokens for shard in shards]
+        maps = [memoryview(shard.tokens).cast("B") for shard in shards]
     else:
         fetched = np.empty((len(row_n), row_tokens), shards[0].layout.token_type)
         for shard, group in zip(shards, groups, strict=True):

@@ -186,9 +186,7 @@ def test_mixtures_that_do_not_look_at_carries_are_bound_as_asked_but_for_one_win
         for seed in range(40):
             rng = np.random.default_rng(seed)
             num = int(rng.choice([1, 2, 3, 5, 8, 20, 64, 300, 1000]))
-            geometry = Geometry(
-                window_steps=int(rng.integers(1, 9)), batch_rows=int(rng.choice([1, 2, 8, 24]))
-            )
+            geometry = Geometry(window_steps=int(rng.integers(1, 9)), batch_rows=int(rng.choice([1, 2, 8, 24])))
             schedule = MixtureSchedule(catalog_of_sizes([10] * num), geometry)
             for _ in range(25):
                 mixture = move(schedule, rng)

@@ -32,7 +32,7 @@ from mixer.training.dataset import MixtureDataset, MixtureLoader
 from tests.bench.peers.bed import NUM_DOMAINS, ROW_TOKENS, Bed, Seat
 
 SHARD_ROWS = 16_384  # 64 MiB, as the chunks of the others
-WINDOW_SLOTS = 1024
+WINDOW_SLOTS = 8192
 VOCABULARY = 1 << 16
 
 
@@ -75,7 +75,7 @@ def write_corpus(bed: Bed, folder: Path) -> None:
 
 
 def open_reader(bed: Bed, seat: Seat) -> WindowReader:
-    """A reader of windows of 1,024 rows over all ranks, without end: each next mixture is asked for."""
+    """A reader of windows of 8,192 rows over all ranks, without end: each next mixture is asked for."""
     rows = Corpus.open(bed.folder("mixer")).by_source
     batch_rows = seat.batch_rows * seat.world_size
     geometry = Geometry(window_steps=WINDOW_SLOTS // batch_rows, batch_rows=batch_rows, seed=seat.seed)
