@@ -79,7 +79,7 @@ def _within(share_d: Floats, carry_d: Floats, slots: int, limit_d: Ints) -> Floa
     share_a, most_a = share_d[live_a], most_d[live_a]
     dry_a = np.cumsum(most_a) - most_a  # what those before give when they are dry
     wet_a = np.cumsum(share_a[::-1])[::-1]  # the shares of this one and those after
-    factor_a = (share_d.sum() - dry_a) / wet_a
+    factor_a = np.maximum(share_d.sum() - dry_a, 0.0) / wet_a  # below zero by rounding only
     fits_a = factor_a * share_a <= most_a
     within_d = np.zeros_like(share_d)
     if fits_a.any():
@@ -87,7 +87,7 @@ def _within(share_d: Floats, carry_d: Floats, slots: int, limit_d: Ints) -> Floa
         within_d[live_a] = np.where(np.arange(len(live_a)) < first, most_a, factor_a[first] * share_a)
     else:  # all are dry, but for what they are owed beyond it
         within_d[live_a] = most_a
-        within_d += share_d * ((share_d.sum() - within_d.sum()) / share_d.sum())
+        within_d += share_d * (max(0.0, float(share_d.sum() - within_d.sum())) / share_d.sum())
     return within_d
 
 

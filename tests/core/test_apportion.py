@@ -196,6 +196,20 @@ def test_the_very_last_rows_can_be_had() -> None:
     assert given.count_d.tolist() == [8, 0]
 
 
+def test_rounding_makes_no_share_negative_when_all_rows_that_are_left_are_taken() -> None:
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        left_d = rng.integers(0, 40, 9) * rng.integers(0, 2, 9)
+        left_d[0] += 1
+        slots = int(left_d.sum())
+        carry_d = rng.uniform(-0.5, 0.5, 9) * (left_d > 0)  # sums to zero, but for what rounding leaves
+        carry_d[left_d > 0] -= carry_d.sum() / (left_d > 0).sum()
+        share_d = rng.random(9) + 1e-6
+        given = apportion(share_d * (slots / share_d.sum()), carry_d, slots, left_d)
+        assert given.count_d.tolist() == left_d.tolist(), f"seed {seed}"
+        assert is_sound(given, carry_d, slots), f"seed {seed}"
+
+
 def test_a_window_that_cannot_be_filled_is_refused() -> None:
     with pytest.raises(InfeasibleError, match="7 rows are left in the domains with weight, a window needs 8"):
         apportion(array(4.0, 4.0), np.zeros(2), 8, limits(3, 4))
