@@ -370,7 +370,10 @@ READERS: dict[str, Reader] = {
     LIMIT: Reader(batches=gather, takes_workers=False),
     "memcpy": Reader(batches=memcpy, takes_workers=False, yields_rows=False),
     "limit-in-loader": Reader(batches=gather_in_loader),
-    **{way: Reader(batches=batches, layout="mixer") for way, batches in ours.WAYS.items()},
+    **{
+        way: Reader(batches=batches, layout="mixer", takes_workers=way != "mixer-reader")
+        for way, batches in ours.WAYS.items()
+    },
     "torchdata": Reader(batches=torchdata, modules=("torchdata.nodes",)),
     "megatron": Reader(batches=megatron, modules=("megatron.core", "megatron.core.datasets.helpers_cpp")),
     "litdata": Reader(batches=litdata, layout="litdata", modules=("litdata",)),

@@ -86,6 +86,11 @@ def open_reader(bed: Bed, seat: Seat) -> WindowReader:
     return WindowReader(rows, feed, geometry, rank=seat.rank, world_size=seat.world_size)
 
 
+def alone(bed: Bed, seat: Seat) -> Iterator[torch.Tensor]:
+    """`WindowReader` without PyTorch's shell: of all that it hands out only the tokens become a tensor."""
+    return (torch.from_numpy(batch.tokens) for batch in open_reader(bed, seat))
+
+
 def with_own_loader(bed: Bed, seat: Seat) -> Iterator[torch.Tensor]:
     """`MixtureLoader`, the way that the documentation advises."""
     loader = MixtureLoader(open_reader(bed, seat), num_workers=seat.workers)
@@ -100,6 +105,7 @@ def in_torch_loader(bed: Bed, seat: Seat) -> Iterator[torch.Tensor]:
 
 
 WAYS: dict[str, Callable[[Bed, Seat], Iterator[torch.Tensor]]] = {
+    "mixer-reader": alone,
     "mixer": with_own_loader,
     "mixer-in-loader": in_torch_loader,
 }

@@ -134,19 +134,25 @@ def figures(lines: list[Line]) -> list[dict[str, Any]]:
             and line.reader not in WAYS
             and line.runs
         ]
-        name = f"{mine.reader} reader, {setting_name(mine.processes, mine.workers)}"
-        rates = {line.reader: round(line.mtok_per_s, 1) for line in others}
+        name = f"{mine.reader}, {setting_name(mine.processes, mine.workers)}"
+        shown = {line.reader: _measures(line) for line in others}
         share = mine.percent_of_limit / 100
-        found.append(_figure(f"{name}: share of the limit", share, "ratio", ">= 0.5", share >= 0.5, rates))
+        value = {"share": round(share, 3)} | _measures(mine)
+        found.append(_figure(f"{name}: share of the limit", value, "of the limit", ">= 0.5", share >= 0.5, shown))
         best = max((line.percent_of_limit for line in others if line.reader not in NOT_PEERS), default=0.0)
         if best:
-            ahead = mine.percent_of_limit / best
-            found.append(_figure(f"{name}: against the fastest peer", ahead, "ratio", "> 1", ahead > 1, rates))
-        cpu = {line.reader: round(line.cpu_s_per_mtok, 5) for line in others}
-        found.append(_figure(f"{name}: CPU time", mine.cpu_s_per_mtok, "s per M tokens", None, None, cpu))
-        memory = {line.reader: round(line.private_mb) for line in others}
-        found.append(_figure(f"{name}: private memory", mine.private_mb, "MB", None, None, memory))
+            ahead = round(mine.percent_of_limit / best, 3)
+            shares = {line.reader: round(line.percent_of_limit / 100, 3) for line in others}
+            found.append(_figure(f"{name}: against the fastest peer", ahead, "times", "> 1", ahead > 1, shares))
     return found
+
+
+def _measures(line: Line) -> dict[str, float]:
+    return {
+        "mtok_per_s": round(line.mtok_per_s, 1),
+        "cpu_s_per_mtok": round(line.cpu_s_per_mtok, 5),
+        "private_mb": round(line.private_mb),
+    }
 
 
 def setting_name(processes: int, workers: int) -> str:
@@ -155,11 +161,11 @@ def setting_name(processes: int, workers: int) -> str:
 
 
 def _figure(
-    figure: str, value: float, unit: str, target: str | None, met: bool | None, peers: Mapping[str, float]
+    figure: str, value: float | Mapping[str, float], unit: str, target: str, met: bool, peers: Mapping[str, Any]
 ) -> dict[str, Any]:
     return {
         "figure": figure,
-        "value": float(f"{value:.4g}"),
+        "value": value,
         "unit": unit,
         "target": target,
         "met": met,
