@@ -1,7 +1,7 @@
 """What the workers measured in one window, and how the parts of several ranks add up.
 
-Addition is exact: loss sums lie on a grid of 2^-20 nats (`on_grid` puts them there, once, per row),
-and every sum below 2^33 nats of such numbers is a float64 without rounding. So the total of a window
+Addition is exact: loss sums lie on a grid of 2^-16 nats (`on_grid` puts them there, once, per row),
+and every sum below 2^37 nats of such numbers is a float64 without rounding. So the total of a window
 is the same for any number of ranks and any order of adding, to the last bit.
 """
 
@@ -15,8 +15,8 @@ from mixer.core.errors import SignalError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-GRID = 2.0**20  # grid points a nat
-MOST = 2.0**33  # a sum beyond this many nats could be rounded
+GRID = 2.0**16  # grid points a nat
+MOST = 2.0**37  # a sum beyond this many nats could be rounded
 
 
 def on_grid(loss: ArrayLike) -> Floats:

@@ -31,6 +31,7 @@ from tests.core.making import catalog_of
 
 SEEDS = range(10)
 LEVEL = 0.01
+FAMILY = 40  # such comparisons are in this file: each is held to LEVEL / FAMILY, so that all together are to LEVEL
 Order = np.ndarray
 Statistic = Callable[[Order], float]
 
@@ -84,8 +85,9 @@ STATISTICS: list[Statistic] = [serial, serial_far, gaps, places, neighbours]
 
 
 def assert_chance(p_values: list[float], what: str) -> None:
-    assert min(p_values) > LEVEL / len(p_values), f"{what}: p-values {sorted(p_values)[:3]} of {len(p_values)}"
-    assert stats.kstest(p_values, "uniform").pvalue > LEVEL, f"{what}: p-values {np.round(sorted(p_values), 3)}"
+    worst = LEVEL / FAMILY
+    assert min(p_values) > worst / len(p_values), f"{what}: p-values {sorted(p_values)[:3]} of {len(p_values)}"
+    assert stats.kstest(p_values, "uniform").pvalue > worst, f"{what}: p-values {np.round(sorted(p_values), 3)}"
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
