@@ -30,13 +30,14 @@ FLOORS = {
 MAY_USE = {
     0: {"numpy", "scipy"},
     1: {"numpy", "scipy", "pyarrow", "tokenizers", "ray", "ray.data"},
-    2: {"numpy", "scipy", "pyarrow", "tokenizers", "ray", "ray.data", "ray.train", "torch"},
+    2: {"numpy", "scipy", "pyarrow", "tokenizers", "ray", "ray.data", "ray.train", "torch", "transformers"},
     3: {"numpy", "scipy", "pyarrow.fs", "ray", "matplotlib", "mlflow"},
 }
 ONLY_IN = {
     "omegaconf": "mixer/config.py",
     "mlflow": "mixer/control/tracker.py",
     "torch.distributed": "mixer/training/loop.py",
+    "transformers": "mixer/training/pretrained.py",
 }
 NO_ACTORS = {1, 2}
 RAY_LIBRARIES = {"ray.data", "ray.train", "ray.tune", "ray.serve", "ray.rllib", "ray.air"}
