@@ -100,7 +100,7 @@ def locate(plans: Sequence[WindowPlan], rows: CatalogRows, rank: int, world_size
     row_tokens = plans[0].catalog.row_tokens
     maps, fetched = [], None
     if all(shard.is_mapped for shard in shards):
-        maps = [memoryview(shard.tokens).cast("B") for shard in shards]
+        maps = [shard.tokens.data.cast("B") for shard in shards]
     else:
         fetched = np.empty((len(row_n), row_tokens), shards[0].layout.token_type)
         for shard, group in zip(shards, groups, strict=True):
