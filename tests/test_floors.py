@@ -246,6 +246,7 @@ PLANTED = [
         "torch.distributed belongs to",
     ),
     ("mixer/training/step.py", "from torch import distributed", 1, "torch.distributed belongs to"),
+    ("mixer/training/step.py", "import transformers", 1, "transformers belongs to mixer/training/pretrained.py alone"),
     ("mixer/training/step.py", "import mlflow", 1, "mlflow belongs to mixer/control/tracker.py alone"),
     ("mixer/control/actor.py", "import mlflow", 1, "mlflow belongs to mixer/control/tracker.py alone"),
     ("mixer/control/actor.py", "import torch", 1, "floor 3 may not use torch"),

@@ -191,20 +191,30 @@ def test_what_saves_memory_gives_equal_gradients(options: dict[str, Any]) -> Non
     assert farthest(got, expected) < 1e-6
 
 
-def test_recomputing_keeps_no_activations_of_layers() -> None:
-    kept: dict[bool, int] = {}
+def kept_for_the_backward_pass(**options: Any) -> list[tuple[int, ...]]:
+    """The shapes of all tensors that a forward pass keeps."""
+    shapes: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
     rows = StepRows.of(make_batch())
-    for recompute in (False, True):
-        sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        tiny(**options)(rows.tokens_bs, rows.documents, rows.target_bs)
+    return shapes
 
-        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
-            sizes.append(tensor.numel())
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            tiny(recompute=recompute, num_layers=6)(rows.tokens_bs, rows.documents, rows.target_bs)
-        kept[recompute] = sum(sizes)
-    assert kept[True] < kept[False] / 3
+def test_recomputing_keeps_no_activations_of_layers() -> None:
+    plain, recomputed = (
+        sum(map(math.prod, kept_for_the_backward_pass(num_layers=6, recompute=on))) for on in (False, True)
+    )
+    assert recomputed < plain / 3
+
+
+def test_losses_by_parts_keep_no_logits() -> None:
+    assert (6, 24, VOCAB) in kept_for_the_backward_pass()
+    assert not [shape for shape in kept_for_the_backward_pass(loss_positions=8) if shape[-1:] == (VOCAB,)]
 
 
 # --- making -------------------------------------------------------------------------------------------
