@@ -10,13 +10,21 @@ def make_catalog(*num_rows: int, names: str = "abcdefgh") -> Catalog:
     return Catalog(16, "fake", tuple(Domain(names[i], n, f"content {i}") for i, n in enumerate(num_rows)))
 
 
-def make_setting(catalog: Catalog, prior: Mixture | None = None, **options: int | None) -> Setting:
-    values = {"window_slots": 10, "planned_windows": 30} | options
-    return Setting(catalog=catalog, prior=prior or Mixture.uniform(catalog), **values)
+def make_setting(
+    catalog: Catalog, prior: Mixture | None = None, *, first_window: int = 1, planned_windows: int | None = 30
+) -> Setting:
+    return Setting(
+        catalog=catalog,
+        prior=prior or Mixture.uniform(catalog),
+        window_slots=10,
+        first_window=first_window,
+        planned_windows=planned_windows,
+    )
 
 
 def make_signal(catalog: Catalog, window: int, losses: list[float | None], tokens: int = 1 << 10) -> Signal:
     """Mean losses by domain; None: the domain gave no row; not finite: its row was bad."""
-    n = [i for i, loss in enumerate(losses) if loss is not None]
-    sums = on_grid([losses[i] * tokens for i in n])
-    return Signal.from_rows(window, catalog.fingerprint, len(catalog), n, sums, np.full(len(n), tokens))
+    given = [(place, loss) for place, loss in enumerate(losses) if loss is not None]
+    sums = on_grid([loss * tokens for _, loss in given])
+    places = [place for place, _ in given]
+    return Signal.from_rows(window, catalog.fingerprint, len(catalog), places, sums, np.full(len(given), tokens))
