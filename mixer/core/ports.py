@@ -1,13 +1,22 @@
-"""The protocols by which floors meet: who decides mixtures, who takes measurements.
+"""The protocols by which floors meet: who decides mixtures, who takes measurements, how a mixture is found.
 
-In a live run the controller's client is both. In a replay the saved `MixtureSchedule` is the feed.
-In a test a list is.
+In a live run the controller's client is both feed and sink. In a replay the saved `MixtureSchedule` is the
+feed. In a test a list is.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mixer.core.catalog import Catalog
+from mixer.core.errors import ConfigError
+from mixer.core.mixture import Mixture
 from mixer.core.row import ScheduleRow
 from mixer.core.signal import Signal
+
+State = dict[str, NDArray[Any]]  # all that a policy remembers: saved exactly, compared in tests
 
 
 class MixtureFeed(Protocol):
@@ -20,3 +29,46 @@ class SignalSink(Protocol):
     def report(self, signal: Signal) -> None:
         """Take one window's measurement. Safe to repeat."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a policy is told once, at the start of a run.
+
+    The windows before `first_window` (lag_windows + 1) carry the prior; the signal of window j decides window
+    j + `first_window`. So a policy finds how far the run is from the signal's own number, not by counting its
+    calls: a window whose signal was refused is never shown to it, and must not shift a script.
+    """
+
+    catalog: Catalog
+    prior: Mixture
+    window_slots: int
+    first_window: int = 1
+    planned_windows: int | None = None  # None: the run ends when somebody ends it
+
+    def __post_init__(self) -> None:
+        if self.window_slots < 1 or self.first_window < 1:
+            raise ConfigError(
+                f"window_slots={self.window_slots}, first_window={self.first_window}; both need to be at least 1."
+            )
+        if self.planned_windows is not None and self.planned_windows < 1:
+            raise ConfigError(f"planned_windows={self.planned_windows}; it needs to be at least 1.")
+        if len(self.prior) != len(self.catalog):
+            raise ConfigError(f"a prior of {len(self.prior)} weights for a catalog of {len(self.catalog)} domains.")
+
+
+class Policy(Protocol):
+    """(state, signal) -> (state, weights); a frozen dataclass whose fields are its options.
+
+    No files, clock, randomness or memory outside its state, which `start` makes and `update` never changes in
+    place. It is given one `Setting` and not a catalog and a prior only, because a script needs the length of
+    the run and a budget its slots; what later policies need is one more field there, and no other signature.
+    It answers with an array of any scale rather than a `Mixture`: the rails judge and normalise all answers
+    alike, so a slip of a policy holds the last mixture instead of ending the run.
+    """
+
+    NEEDS: ClassVar[frozenset[str]]  # what the workers must measure
+
+    def start(self, setting: Setting) -> State: ...
+
+    def update(self, state: State, signal: Signal) -> tuple[State, NDArray[np.float64]]: ...

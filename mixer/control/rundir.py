@@ -1,0 +1,245 @@
+"""RunDir: the files of a run. Everything needed to continue or repeat it; one writer at a time.
+
+    run.yaml                  the resolved configuration, text that the assembly writes and reads
+    catalog.json              the catalog that the run began with
+    catalogs/<fingerprint>.json   those it switched to
+    schedule.jsonl            one line a window, appended and synced; only whole lines are believed
+    policy/<window>.npz       the policy's state after the decision of that window
+    orders.json               what people asked for: weights, pauses
+    owner.json, *.lock        the fence, see `mixer.control.fence`
+
+The order of a commit is: policy state, then catalog if new, then the line, each durable before the next; the
+line is what makes the window decided. A crash before it leaves a state file of a window that does not exist,
+which the same window's next commit replaces. A state that cannot be read is a warning and the one before it
+is used; the schedule itself has no second copy, and damage to it is an error.
+
+Only local disks (and what is mounted as one); object stores cannot append, and need another form of schedule.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixer.control.fence import Fence, write_all, write_whole
+from mixer.core import schedule as schedules
+from mixer.core.catalog import Catalog
+from mixer.core.errors import ConfigError, ResumeError, ScheduleError
+from mixer.core.plan import Geometry
+from mixer.core.ports import State
+from mixer.core.schedule import LineWriter, MixtureSchedule, ScheduleRow
+
+logger = logging.getLogger(__name__)
+
+GENERATIONS = 2  # policy states kept: the last one and the one before it
+_CHECK = "_check"
+
+
+class RunDir:
+    """An owned run folder. `schedule` holds exactly the rows that are durable."""
+
+    def __init__(self, path: str | Path, *, takeover: bool = False) -> None:
+        if "://" in str(path):
+            raise ConfigError(f"run folder {path} is not on a local disk. Name a folder on one.")
+        self.path = Path(path)
+        (self.path / "policy").mkdir(parents=True, exist_ok=True)
+        (self.path / "catalogs").mkdir(exist_ok=True)
+        self.lost_states = 0
+        self._broken: str | None = None
+        self._size = 0
+        self._writer: LineWriter | None = None
+        self._schedule: MixtureSchedule | None = None
+        self.fence = Fence(self.path, takeover=takeover)
+        try:
+            if (self.path / "schedule.jsonl").exists():
+                self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def schedule(self) -> MixtureSchedule:
+        if self._schedule is None:
+            raise ScheduleError(f"{self.path} holds no run yet. Begin one first.")
+        return self._schedule
+
+    @property
+    def is_begun(self) -> bool:
+        return self._schedule is not None
+
+    def begin(self, catalog: Catalog, geometry: Geometry, config: str = "") -> None:
+        """Start a run here; the schedule's header, written last, makes it one. A begun run is never begun again."""
+        if self._schedule is not None:
+            raise ResumeError(f"{self.path} holds a run of {len(self._schedule)} windows. Resume it, or name another.")
+        begun = MixtureSchedule(catalog, geometry)
+        writer = LineWriter.begin(begun)
+        with self._writing("the start of the run"):
+            write_whole(self.path / "run.yaml", config.encode())
+            write_whole(self.path / "catalog.json", _catalog_text(catalog))
+            write_whole(self.path / "schedule.jsonl", writer.header.encode())
+        self._schedule, self._writer, self._size = begun, writer, len(writer.header.encode())
+
+    def config(self) -> str:
+        return (self.path / "run.yaml").read_text("utf-8")
+
+    def commit(self, row: ScheduleRow, state: State) -> None:
+        """Make a row and the policy's state after it durable; only then is the row in `schedule`."""
+        schedule, old = self.schedule, self._writer
+        assert old is not None
+        writer = replace(old)
+        data = writer.lines(row).encode()
+        with self._writing(f"window {row.window}"):
+            write_whole(self._state_path(row.window), _state_bytes(row.window, state))
+            if row.catalog.fingerprint != old.catalog.fingerprint:
+                name = f"{row.catalog.fingerprint}.json"
+                write_whole(self.path / "catalogs" / name, _catalog_text(row.catalog))
+            self._append(data)
+            self._writer, self._size = writer, self._size + len(data)
+            schedule.append(row)
+            self._prune(row.window)
+
+    def state(self) -> tuple[int, State] | None:
+        """The window of the newest policy state that can be believed, and that state."""
+        last = len(self.schedule) - 1
+        for window in range(last, max(last - GENERATIONS, -1), -1):
+            path = self._state_path(window)
+            try:
+                return window, _read_state(window, path.read_bytes())
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                self.lost_states += 1
+                logger.warning("policy state %s cannot be used (%s); trying the one before it", path, error)
+        if last < 0:
+            return None
+        raise ResumeError(
+            f"none of the last {GENERATIONS} policy states of {self.path} can be read. Restore "
+            f"{self._state_path(last)} from a copy, or start a new run from this schedule."
+        )
+
+    def orders(self) -> list[dict[str, Any]]:
+        path = self.path / "orders.json"
+        if not path.exists():
+            return []
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ScheduleError(f"{path} cannot be understood: {error}. Restore it from a copy.") from error
+
+    def write_orders(self, orders: list[dict[str, Any]]) -> None:
+        with self._writing("orders"):
+            write_whole(self.path / "orders.json", (json.dumps(orders, indent=1) + "\n").encode())
+
+    def close(self) -> None:
+        self.fence.close()
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _state_path(self, window: int) -> Path:
+        return self.path / "policy" / f"{window}.npz"
+
+    def _read(self) -> None:
+        path = self.path / "schedule.jsonl"
+        with self.fence.writing():  # so that what is read is not being written by the one before
+            found = schedules.read(path.read_bytes(), thorough=False)
+            if found.torn:
+                logger.warning("%s ends in %d bytes of a torn line; they are dropped", path, found.torn)
+                number = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                try:
+                    os.ftruncate(number, found.size)
+                    os.fsync(number)
+                finally:
+                    os.close(number)
+        self._schedule, self._writer, self._size = found.schedule, found.writer, found.size
+
+    def _append(self, data: bytes) -> None:
+        """Add `data` at the end; where that fails the file is cut back to what it was."""
+        number = os.open(self.path / "schedule.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            if (size := os.fstat(number).st_size) != self._size:
+                raise OSError(errno.EIO, f"the schedule has {size} bytes where {self._size} were left")
+            try:
+                write_all(number, data)
+                os.fsync(number)
+            except OSError:
+                self._broken = "an earlier write failed half-way"  # unless the half can be taken back:
+                os.ftruncate(number, self._size)
+                os.fsync(number)
+                self._broken = None
+                raise
+        finally:
+            os.close(number)
+
+    def _prune(self, window: int) -> None:
+        old = self._state_path(window - GENERATIONS)
+        old.unlink(missing_ok=True)
+
+    def _writing(self, what: str) -> "_Writing":
+        if self._broken:
+            raise ScheduleError(f"{self.path} is not written any more: {self._broken}. Free its disk, then resume.")
+        return _Writing(self.fence, self.path, what)
+
+
+class _Writing:
+    """The fence round a write, and the words for a disk that fails."""
+
+    def __init__(self, fence: Fence, path: Path, what: str) -> None:
+        self._path, self._what, self._inner = path, what, fence.writing()
+
+    def __enter__(self) -> None:
+        try:
+            self._inner.__enter__()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._inner.__exit__(kind, error, trace)
+        if isinstance(error, OSError):
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> ScheduleError:
+        return ScheduleError(
+            f"{self._what} cannot be written to {self._path}: {error.strerror or error}. Nothing was decided. "
+            "Make room or restore the folder, then resume."
+        )
+
+
+def _catalog_text(catalog: Catalog) -> bytes:
+    return (json.dumps(catalog.to_dict(), ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _digest(window: int, state: Mapping[str, Any]) -> np.ndarray:
+    digest = hashlib.sha256(f"policy state of window {window}\n".encode())
+    for key in sorted(state):
+        value = np.ascontiguousarray(state[key])
+        digest.update(f"{key}\n{value.dtype.str}\n{np.shape(state[key])}\n".encode())
+        digest.update(value.tobytes())
+    return np.frombuffer(digest.digest(), dtype=np.uint8)
+
+
+def _state_bytes(window: int, state: State) -> bytes:
+    assert _CHECK not in state and not any(value.dtype.hasobject for value in state.values())
+    out = io.BytesIO()
+    arrays: dict[str, Any] = {**state, _CHECK: _digest(window, state)}
+    np.savez(out, allow_pickle=False, **arrays)
+    return out.getvalue()
+
+
+def _read_state(window: int, data: bytes) -> State:
+    with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        state = {key: found[key] for key in found.files}
+    check = state.pop(_CHECK)
+    if not np.array_equal(check, _digest(window, state)):
+        raise ValueError("its check value does not fit")
+    return state

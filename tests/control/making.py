@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import numpy as np
+
+from mixer.control.controller import Controller, ControllerOptions
+from mixer.control.rundir import RunDir
+from mixer.core.mixture import Mixture
+from mixer.core.plan import Geometry
+from mixer.core.policies import load_policy
+from mixer.core.ports import Policy
+from mixer.core.rails import GuardRails
+from mixer.core.signal import Signal
+from tests.core.policies.making import make_catalog, make_signal
+
+CATALOG = make_catalog(50, 500, 5000)
+GEOMETRY = Geometry(window_steps=4, batch_rows=8, seed=3)
+PLANNED = 12
+RAILS = GuardRails(floor=0.05, max_shift=0.3, max_epochs=4)
+
+
+def signals(num: int = PLANNED, seed: int = 0) -> list[Signal]:
+    rng = np.random.default_rng(seed)
+    return [make_signal(CATALOG, window, rng.uniform(1, 6, 3).tolist()) for window in range(num)]
+
+
+def open_controller(rundir: RunDir, *, policy: Policy | None = None, **options) -> Controller:
+    values = {"lag_windows": 1, "planned_windows": PLANNED, "rails": RAILS} | options
+    return Controller(
+        ControllerOptions(**values),
+        policy or load_policy("odm", {"form": "paper"}),
+        rundir,
+        CATALOG,
+        GEOMETRY,
+        Mixture.uniform(CATALOG),
+    )
+
+
+def text_of(folder: Path) -> bytes:
+    return (folder / "schedule.jsonl").read_bytes()
+
+
+def undisturbed(folder: Path, **options) -> bytes:
+    with RunDir(folder) as rundir:
+        controller = open_controller(rundir, **options)
+        for signal in signals():
+            if signal.window < controller.next_window:
+                controller.report(signal)
+        assert controller.is_complete
+    return text_of(folder)
