@@ -129,7 +129,9 @@ class WindowStream:
             object_store_memory=self._options.prefetch_windows * self._reader.stretch_bytes
         )
         split = dataset.streaming_split(1)[0]
-        tables: Any = iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        # With any prefetch here Ray would hold a block back until the one behind it is there, whose row may be
+        # decided only after this one was trained. The next block is asked for before this one is handed on anyway.
+        tables: Any = iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
         try:
             yield from tables
         finally:
