@@ -154,7 +154,7 @@ def _kind(columns: Mapping[str, Sequence[object]]) -> str:
 
 
 class ShownRows:
-    """A schedule of which only the first rows are shown, and the windows that were asked for. Made a Ray actor by tests."""
+    """A schedule of which only the first rows are shown, and the windows that were asked for; to be a Ray actor."""
 
     def __init__(self, schedule: MixtureSchedule, shown: int) -> None:
         self._schedule = schedule
@@ -188,6 +188,8 @@ class ActorFeed:
     def row(self, window: int) -> ScheduleRow:
         import ray
 
-        while (row := ray.get(self._actor.row.remote(window))) is None:
-            time.sleep(0.005)
+        row: Any = None
+        while row is None:
+            row = ray.get(self._actor.row.remote(window))
+            time.sleep(0.005 if row is None else 0)
         return row

@@ -106,9 +106,18 @@ class WindowReader:
         self._widen = widen
         self._form = form or ArrayForm()
 
-    def reading(self, *, widen: bool | None = None, form: ArrayForm | None = None) -> "WindowReader":
-        """The same reader giving its tokens, or all its arrays, in another type."""
+    def reading(
+        self,
+        *,
+        widen: bool | None = None,
+        form: ArrayForm | None = None,
+        feed: MixtureFeed | None = None,
+        windows: int | None = None,
+    ) -> "WindowReader":
+        """The same reader giving other types of tokens or of all arrays, asking another feed, or reading less far."""
         reader = copy(self)
+        reader._feed = feed or self._feed
+        reader.windows = self.windows if windows is None else windows
         reader._widen = self._widen if widen is None else widen
         reader._form = form or self._form
         return reader
@@ -130,9 +139,13 @@ class WindowReader:
         return self.step_rows * self.layout.row_bytes
 
     @property
-    def stretch_bytes(self) -> int:
-        """What the tokens take that are located at once."""
-        return self._together * self.geometry.window_steps * self.step_bytes
+    def feed(self) -> MixtureFeed:
+        return self._feed
+
+    @property
+    def together(self) -> int:
+        """How many windows are planned and located at once."""
+        return self._together
 
     # ---- state ---------------------------------------------------------------------------------
 

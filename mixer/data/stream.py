@@ -13,12 +13,18 @@ copy that this process makes is the one that widens a step's tokens.
 
 The executor runs outside of this process (`streaming_split`); the tasks claim `num_cpus` of Ray, by
 default nothing, so they start where training holds every CPU. How far tasks read ahead is bounded twice:
-by the rows that exist, which is the feed's affair, and by the memory for `prefetch_windows` blocks.
+by the rows that exist, which is the feed's affair, and by `prefetch_windows`: the consumer writes the window
+it is at into a small file, and a task asks for no row further ahead. That is why tasks run on the node of
+their consumer, where the blocks are wanted anyway. Ray Data's own bound, on object store memory, would do
+the same at the price of a whole core: its scheduling loop does not sleep while output waits for room.
 
 Nothing here knows where the run stands but `cursor`. A new stream is built from it after every restart.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +41,7 @@ from ray.data.datasource import Datasource, ReadTask
 from mixer.core.errors import ConfigError, MixerError
 from mixer.core.plan import Cursor, Geometry
 from mixer.core.ports import MixtureFeed
+from mixer.core.row import ScheduleRow
 from mixer.data.corpus import CatalogRows
 from mixer.data.reader import ArrayForm, Batch, WindowReader, cut
 from mixer.data.shards import numbers
@@ -42,15 +49,14 @@ from mixer.data.tasks import Failure
 from mixer.data.window import RankRows
 
 LEG_RUNS = 256  # runs that one Ray dataset lists; a new one is begun behind them
-CHUNK_ROWS = 128  # rows gathered at a time, so that they are still in cache when they are checked
-SMALL_BYTES = 64  # of a row, beside its tokens, allowed for in the bound on memory
+SHORT_WAIT_S, LONG_WAIT_S = 0.0005, 0.01  # between looks at the window that is consumed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamingOptions:
     """How a rank's windows travel through Ray Data. Nothing here changes which rows they hold."""
 
-    prefetch_windows: int = 4  # blocks that may wait in the object store
+    prefetch_windows: int = 8  # how far ahead of the window that is consumed rows are asked for and gathered
     num_cpus: float = 0.0  # that Ray reserves for the task of a rank; 0 starts also where training holds all
     run_windows: int = 256  # windows read by one task, and again if it is lost
 
@@ -96,20 +102,29 @@ class WindowStream:
         """The next step to be read."""
         return self._at
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         geometry, windows = self._reader.geometry, self._reader.windows
-        shared = ray.put(self._reader)
+        with _Place(self._at.window) as place:
+            # What is planned together is asked for together.
+            ahead = max(self._options.prefetch_windows, 2 * self._reader.together - 1)
+            shared = ray.put(self._reader.reading(feed=_NearFeed(self._reader.feed, place.path, ahead)))
+            yield from self._legs(shared, place, geometry, windows)
+
+    def _legs(self, shared: Any, place: "_Place", geometry: Geometry, windows: int | None) -> Iterator[Batch]:
         while windows is None or self._at.window < windows:
             end = self._at.window + LEG_RUNS * self._options.run_windows
             with closing(self._tables(shared, end if windows is None else min(end, windows))) as tables:
                 for table in tables:
                     for i in range(table.num_rows):
                         rows = _Block.of(table, i, geometry, self._reader.step_rows)
+                        place.move(rows.first_step // geometry.window_steps)
                         for batch in cut(rows, rows.step_n, rows.take_tokens, widen=self._widen, form=self._form):
                             self._at = Cursor(batch.window, batch.step).after(1, geometry)
+                            if batch.step == 0:
+                                place.move(batch.window)
                             yield batch
 
-    def _tables(self, shared: Any, end: int) -> Iterator[pa.Table]:
+    def _tables(self, shared: Any, end: int) -> Generator[pa.Table, None, None]:
         """The blocks from the cursor up to a window."""
         runs: list[tuple[int, int, int]] = []
         for first in range(self._at.window, end, self._options.run_windows):
@@ -119,16 +134,14 @@ class WindowStream:
             _Windows([partial(_read_run, shared, *run) for run in runs]),
             num_cpus=self._options.num_cpus,
             concurrency=1,
+            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
             override_num_blocks=len(runs),
         )
         context = dataset.context  # a copy, this dataset's own
         context.enable_progress_bars = context.print_on_execution_start = False
         context.target_max_block_size = 1  # so a block, which is one row, is handed on as soon as it is there
         context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-            object_store_memory=self._options.prefetch_windows * self._reader.stretch_bytes
-        )
-        split = dataset.streaming_split(1)[0]
+        split: Any = dataset.streaming_split(1)[0]
         # With any prefetch here Ray would hold a block back until the one behind it is there, whose row may be
         # decided only after this one was trained. The next block is asked for before this one is handed on anyway.
         tables: Any = iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
@@ -136,6 +149,42 @@ class WindowStream:
             yield from tables
         finally:
             tables.close()
+
+
+class _Place:
+    """The window that is consumed, where tasks on this node can see it."""
+
+    def __init__(self, window: int) -> None:
+        number, self.path = tempfile.mkstemp(prefix=f"mixer-stream-{os.getpid()}-")
+        os.close(number)
+        np.array([window], np.int64).tofile(self.path)
+        self._window_1 = np.memmap(self.path, np.int64, "r+")
+
+    def __enter__(self) -> "_Place":
+        return self
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        os.unlink(self.path)
+
+    def move(self, window: int) -> None:
+        self._window_1[0] = window
+
+
+class _NearFeed:
+    """A feed that is asked for no row more than `ahead` windows beyond the one that is consumed."""
+
+    def __init__(self, feed: MixtureFeed, path: str, ahead: int) -> None:
+        self._feed, self._path, self._ahead = feed, path, ahead
+        self._window_1: NDArray[np.int64] | None = None
+
+    def row(self, window: int) -> ScheduleRow:
+        if self._window_1 is None:
+            self._window_1 = np.memmap(self._path, np.int64, "r")
+        wait_s = SHORT_WAIT_S
+        while window > self._window_1[0] + self._ahead:
+            time.sleep(wait_s)
+            wait_s = min(LONG_WAIT_S, wait_s * 1.25)
+        return self._feed.row(window)
 
 
 class _Windows(Datasource):
@@ -157,8 +206,8 @@ class _Windows(Datasource):
 
 def _read_run(shared: Any, first_window: int, stop_window: int, start_step: int) -> Iterator[pa.Table]:
     """In a task: the blocks of a run of windows, from `start_step` on."""
-    reader: WindowReader = ray.get(shared)
-    reader.windows = stop_window
+    everything: Any = ray.get(shared)
+    reader: WindowReader = everything.reading(windows=stop_window)
     try:
         for rows in reader.stretches(first_window):
             yield _to_table(rows, max(start_step, rows.first_step))
