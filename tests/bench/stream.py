@@ -8,6 +8,7 @@ does; "saved" reads a schedule that is there, of which several small windows tra
 
 import argparse
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -27,7 +28,7 @@ from mixer.data.corpus import Corpus
 from mixer.data.reader import Batch, WindowReader
 from mixer.data.stream import StreamingOptions, WindowStream
 from tests.bench.corpora import random_corpus
-from tests.bench.peers.processes import cpu_s
+from tests.bench.peers.processes import PROC, TICK_S, descendants
 from tests.bench.record import record
 
 STEPS = (16, 64, 256, 1024)
@@ -48,6 +49,18 @@ class Live:
         return self._schedule.row(window)
 
 
+def cpu_by_process() -> dict[int, float]:
+    """CPU seconds of this process and of those below it: what ends meanwhile must not be subtracted."""
+    found: dict[int, float] = {}
+    for process in (os.getpid(), *descendants(os.getpid())):
+        try:
+            fields = (PROC / str(process) / "stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        found[process] = sum(int(ticks) for ticks in fields[11:13]) * TICK_S
+    return found
+
+
 def measure(batches: Iterator[Batch], steps: int, seconds: float) -> dict[str, float]:
     """Seconds and CPU seconds a window of `steps`, and tokens a second; whole windows, after some to warm up."""
     begin = time.perf_counter()
@@ -55,15 +68,16 @@ def measure(batches: Iterator[Batch], steps: int, seconds: float) -> dict[str, f
     first_s = time.perf_counter() - begin
     for _ in islice(batches, steps * WARM_WINDOWS - 1):
         pass
-    windows, begin, cpu = 0, time.perf_counter(), cpu_s()
+    windows, begin, before = 0, time.perf_counter(), cpu_by_process()
     while (taken := time.perf_counter() - begin) < seconds:
         assert sum(1 for _ in islice(batches, steps)) == steps
         windows += 1
     tokens = windows * steps * BATCH_ROWS * ROW_TOKENS
+    cpu = sum(seconds - before.get(process, 0) for process, seconds in cpu_by_process().items())
     return {
         "window_s": taken / windows,
         "tokens_s": tokens / taken,
-        "cpu_s_per_m_tokens": (cpu_s() - cpu) / tokens * 1e6,
+        "cpu_s_per_m_tokens": cpu / tokens * 1e6,
         "first_s": first_s,
     }
 
