@@ -1,12 +1,16 @@
 """Small real things for tests: a corpus whose tokens say which row of which domain they are."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from mixer.core.row import ScheduleRow
+from mixer.core.schedule import MixtureSchedule
 from mixer.data import documents, shards
 from mixer.data.corpus import Corpus
 from mixer.data.manifest import (
@@ -147,3 +151,45 @@ def _pack(
 def _kind(columns: Mapping[str, Sequence[object]]) -> str:
     types = {type(value) for values in columns.values() for value in values if value is not None}
     return {str: "string", int: "int64", float: "float64"}[next(iter(types))] if types else "string"
+
+
+class ShownRows:
+    """A schedule of which only the first rows are shown, and the windows that were asked for; to be a Ray actor."""
+
+    def __init__(self, schedule: MixtureSchedule, shown: int) -> None:
+        self._schedule = schedule
+        self._shown = shown
+        self._asked: list[int] = []
+        self._ahead = 0
+
+    def row(self, window: int) -> ScheduleRow | None:
+        if window not in self._asked:
+            self._asked.append(window)
+        self._ahead = max(self._ahead, window - self._shown)
+        return self._schedule.row(window) if window < self._shown else None
+
+    def show(self, rows: int) -> None:
+        self._shown = rows
+
+    def asked(self) -> list[int]:
+        return self._asked
+
+    def most_ahead(self) -> int:
+        """How far a window that was asked for ever lay beyond the first that was not shown."""
+        return self._ahead
+
+
+class ActorFeed:
+    """A feed whose rows an actor has; asks until it gets one."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def row(self, window: int) -> ScheduleRow:
+        import ray
+
+        row: Any = None
+        while row is None:
+            row = ray.get(self._actor.row.remote(window))
+            time.sleep(0.005 if row is None else 0)
+        return row

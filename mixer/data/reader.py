@@ -24,7 +24,8 @@ from mixer.core.ports import MixtureFeed
 from mixer.core.row import ScheduleRow
 from mixer.core.schedule import MixtureSchedule
 from mixer.data.corpus import CatalogRows
-from mixer.data.window import RankRows, locate
+from mixer.data.shards import Layout
+from mixer.data.window import RankRows, WindowRows, locate
 
 CHUNK_ROWS = 128  # rows copied at a time, so that they are still in cache when they are checked and widened
 AHEAD_SLOTS = 8192  # small windows of a saved schedule are planned together up to so many slots
@@ -105,18 +106,46 @@ class WindowReader:
         self._widen = widen
         self._form = form or ArrayForm()
 
-    def reading(self, *, widen: bool | None = None, form: ArrayForm | None = None) -> "WindowReader":
-        """The same reader giving its tokens, or all its arrays, in another type."""
+    def reading(
+        self,
+        *,
+        widen: bool | None = None,
+        form: ArrayForm | None = None,
+        feed: MixtureFeed | None = None,
+        windows: int | None = None,
+    ) -> "WindowReader":
+        """The same reader giving other types of tokens or of all arrays, asking another feed, or reading less far."""
         reader = copy(self)
+        reader._feed = feed or self._feed
+        reader.windows = self.windows if windows is None else windows
         reader._widen = self._widen if widen is None else widen
         reader._form = form or self._form
         return reader
 
     @property
+    def step_rows(self) -> int:
+        """This rank's rows of a step."""
+        slots = self.geometry.rank_slots(self._rank, self._world_size)
+        return slots.stop - slots.start
+
+    @property
+    def layout(self) -> Layout:
+        """Of the shards."""
+        return next(iter(self._rows.values())).corpus.manifest.layout
+
+    @property
     def step_bytes(self) -> int:
         """What a step's tokens take in the shards' own type."""
-        corpus = next(iter(self._rows.values())).corpus
-        return self._rows_a_step * corpus.manifest.layout.row_bytes
+        return self.step_rows * self.layout.row_bytes
+
+    @property
+    def feed(self) -> MixtureFeed:
+        return self._feed
+
+    @property
+    def together(self) -> int:
+        """How many windows are planned and located at once."""
+        return self._together
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -154,23 +183,16 @@ class WindowReader:
 
     def every(self, workers: int = 1, worker: int = 0, run: int = 1) -> Iterator[Batch]:
         """Batches from the cursor on; with several workers only this one's, dealt out in runs of steps."""
-        window_steps = self.geometry.window_steps
         first = self.cursor.steps(self.geometry)
-        for rows in self._stretches(first // window_steps):
-            begin = rows.first_window * window_steps
-            end = begin + len(rows) // self._rows_a_step
-            steps = np.arange(max(first, begin), end)
+        for rows in self.stretches(first // self.geometry.window_steps):
+            begin = rows.first_step
+            steps = np.arange(max(first, begin), begin + len(rows) // rows.step_rows)
             mine = steps[(steps - first) // run % workers == worker]
-            for batch in self._batches(rows, mine - begin):
+            for batch in cut(rows, mine - begin, rows.copy_tokens, widen=self._widen, form=self._form):
                 self._done = batch[:2]
                 yield batch
 
-    @property
-    def _rows_a_step(self) -> int:
-        slots = self.geometry.rank_slots(self._rank, self._world_size)
-        return slots.stop - slots.start
-
-    def _stretches(self, window: int) -> Iterator[RankRows]:
+    def stretches(self, window: int) -> Iterator[RankRows]:
         """Windows in order, some at a time; the next are loaded in a thread meanwhile where that was asked for."""
         if self._prefetch_windows == 0:
             while self.windows is None or window < self.windows:
@@ -207,35 +229,44 @@ class WindowReader:
         plans = plan_windows(chosen, self.geometry)
         return locate(plans, rows, self._rank, self._world_size), window + len(chosen)
 
-    def _batches(self, rows: RankRows, step_n: NDArray[np.int64]) -> Iterator[Batch]:
-        """The batches of some steps; rows are copied and checked a chunk of steps at a time."""
-        num_rows, split, one = self._rows_a_step, self._form.split, self._form.one
-        place_nb = step_n[:, None] * num_rows + np.arange(num_rows)
-        first_n = rows.starts_offsets[step_n * num_rows]
-        offsets_nb = rows.starts_offsets[step_n[:, None] * num_rows + np.arange(num_rows + 1)] - first_n[:, None]
-        small = zip(
-            (rows.first_window + step_n // self.geometry.window_steps).tolist(),
-            (step_n % self.geometry.window_steps).tolist(),
-            split(rows.domain_n[place_nb]),
-            split(rows.row_n[place_nb]),
-            split(rows.length_n[place_nb]),
-            split(offsets_nb),
-            first_n.tolist(),
-            (first_n + offsets_nb[:, -1]).tolist(),
-            strict=True,
-        )
-        per_chunk = max(1, CHUNK_ROWS // num_rows)
-        wide = SpareArrays(np.dtype(np.int64))
-        for first in range(0, len(step_n), per_chunk):
-            chunk = rows.copy_tokens(place_nb[first : first + per_chunk].reshape(-1))
-            for begin in range(0, len(chunk), num_rows):
-                window, step, domain, row, length, offsets, low, high = next(small)
-                tokens = chunk[begin : begin + num_rows]
-                if self._widen:
-                    wider = wide.take(num_rows, rows.row_tokens)
-                    wider[...] = tokens
-                    tokens = wider
-                yield Batch(window, step, one(tokens), domain, row, length, one(rows.starts[low:high]), offsets)
+
+def cut(
+    rows: WindowRows,
+    step_n: NDArray[np.int64],
+    take_tokens: Callable[[NDArray[np.int64]], NDArray[Any]],
+    *,
+    widen: bool,
+    form: ArrayForm,
+) -> Iterator[Batch]:
+    """The batches of some steps, counted from the first of `rows`; tokens are taken a chunk of steps at a time."""
+    window_steps, num_rows = rows.geometry.window_steps, rows.step_rows
+    split, one = form.split, form.one
+    place_nb = step_n[:, None] * num_rows + np.arange(num_rows)
+    first_n = rows.starts_offsets[step_n * num_rows]
+    offsets_nb = rows.starts_offsets[step_n[:, None] * num_rows + np.arange(num_rows + 1)] - first_n[:, None]
+    small = zip(
+        ((rows.first_step + step_n) // window_steps).tolist(),
+        ((rows.first_step + step_n) % window_steps).tolist(),
+        split(rows.domain_n[place_nb]),
+        split(rows.row_n[place_nb]),
+        split(rows.length_n[place_nb]),
+        split(offsets_nb),
+        first_n.tolist(),
+        (first_n + offsets_nb[:, -1]).tolist(),
+        strict=True,
+    )
+    per_chunk = max(1, CHUNK_ROWS // num_rows)
+    wide = SpareArrays(np.dtype(np.int64))
+    for first in range(0, len(step_n), per_chunk):
+        chunk = take_tokens(place_nb[first : first + per_chunk].reshape(-1))
+        for begin in range(0, len(chunk), num_rows):
+            window, step, domain, row, length, offsets, low, high = next(small)
+            tokens = chunk[begin : begin + num_rows]
+            if widen:
+                wider = wide.take(num_rows, tokens.shape[1])
+                wider[...] = tokens
+                tokens = wider
+            yield Batch(window, step, one(tokens), domain, row, length, one(rows.starts[low:high]), offsets)
 
 
 class SpareArrays:

@@ -11,6 +11,7 @@ import pickle
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from mixer.core import errors
@@ -127,7 +128,7 @@ class RayRunner:
             try:
                 outcome: Any = function(pickle.loads(row["job"]))  # noqa: S301 (our own, never stored)
             except MixerError as error:
-                outcome = _Failure(type(error).__name__, str(error))
+                outcome = Failure.of(error)
             return {"number": row["number"], "outcome": pickle.dumps(outcome), "peak": _peak_bytes()}
 
         rows = [{"number": number, "job": pickle.dumps(job)} for number, job in enumerate(jobs)]
@@ -136,17 +137,24 @@ class RayRunner:
             for done in dataset.iter_rows():
                 self.peak_task_bytes = max(self.peak_task_bytes, done["peak"])
                 outcome = pickle.loads(done["outcome"])  # noqa: S301
-                if isinstance(outcome, _Failure):
+                if isinstance(outcome, Failure):
                     raise outcome.to_error()
                 yield first + done["number"], outcome
 
 
-class _Failure:
-    """A `MixerError`, as a value that crosses processes."""
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A `MixerError`, as a value that crosses processes: its class by name, and its text."""
 
-    def __init__(self, kind: str, text: str) -> None:
-        self.kind = kind
-        self.text = text
+    kind: str
+    text: str
+
+    @classmethod
+    def of(cls, error: MixerError) -> "Failure":
+        # What an actor raised arrives as a class of Ray's making, which is ours as well; `cause` is ours alone.
+        cause = getattr(error, "cause", None)
+        own = cause if isinstance(cause, MixerError) else error
+        return cls(type(own).__name__, str(own))
 
     def to_error(self) -> MixerError:
         return getattr(errors, self.kind, MixerError)(self.text)

@@ -8,7 +8,7 @@ are asked for, or fetched by ranges at once where shards lie in an object store.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,30 @@ from numpy.typing import NDArray
 from mixer.core.plan import Geometry, WindowPlan
 from mixer.data.corpus import CatalogRows
 from mixer.data.shards import Shard, check_rows
+
+
+class WindowRows(Protocol):
+    """What is known of a rank's rows of whole steps, in the order of its slots, beside their tokens.
+
+    `starts[starts_offsets[i] : starts_offsets[i + 1]]` are the positions in row i where a document starts.
+    """
+
+    @property
+    def geometry(self) -> Geometry: ...
+    @property
+    def first_step(self) -> int: ...  # counted from the start of the run
+    @property
+    def step_rows(self) -> int: ...  # of this rank
+    @property
+    def domain_n(self) -> NDArray[np.int32]: ...  # catalog order
+    @property
+    def row_n(self) -> NDArray[np.int64]: ...  # number inside the domain
+    @property
+    def length_n(self) -> NDArray[np.int32]: ...
+    @property
+    def starts(self) -> NDArray[np.int32]: ...
+    @property
+    def starts_offsets(self) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +50,7 @@ class RankRows:
     """
 
     first_window: int
+    step_rows: int  # of this rank
     geometry: Geometry
     row_tokens: int
     domain_n: NDArray[np.int32]  # catalog order
@@ -42,6 +67,10 @@ class RankRows:
 
     def __len__(self) -> int:
         return len(self.row_n)
+
+    @property
+    def first_step(self) -> int:
+        return self.first_window * self.geometry.window_steps
 
     @property
     def token_type(self) -> np.dtype[Any]:
@@ -107,6 +136,7 @@ def locate(plans: Sequence[WindowPlan], rows: CatalogRows, rank: int, world_size
             fetched[group] = shard.take(shard_row_n[group])
     return RankRows(
         first_window=plans[0].window,
+        step_rows=len(slots) // plans[0].geometry.window_steps,
         geometry=plans[0].geometry,
         row_tokens=row_tokens,
         domain_n=domain_n,

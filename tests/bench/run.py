@@ -12,6 +12,7 @@ PARTS = {
     "resume": "first batch after a resume against a fresh one",
     "reader_peers": "the reader beside other systems'",
     "prepare": "preparation beside datasets.map",
+    "stream": "the stream through Ray Data",
 }
 
 

@@ -136,22 +136,6 @@ def test_interrupted_and_run_again(prepared):
     assert contents(output) == expected
 
 
-@pytest.fixture(scope="module")
-def ray_session():
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100_000_000,
-        namespace="test_prepare",
-        log_to_driver=False,
-    )
-    yield ray
-    ray.shutdown()
-
-
 def test_an_error_in_a_task_is_one_line(tmp_path, ray_session):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 7}\n')
     options = PrepareOptions(
