@@ -30,7 +30,7 @@ FLOORS = {
 MAY_USE = {
     0: {"numpy", "scipy"},
     1: {"numpy", "scipy", "pyarrow", "tokenizers", "ray", "ray.data"},
-    2: {"numpy", "scipy", "pyarrow", "tokenizers", "ray", "ray.data", "ray.train", "torch", "transformers"},
+    2: {"numpy", "scipy", "pyarrow", "tokenizers", "ray", "ray.data", "ray.train", "torch", "transformers", "lm_eval"},
     3: {"numpy", "scipy", "pyarrow.fs", "ray", "matplotlib", "mlflow"},
 }
 ONLY_IN = {
@@ -39,6 +39,7 @@ ONLY_IN = {
     "torch.distributed.checkpoint": "mixer/training/checkpoint.py",
     "torch.distributed": "mixer/training/loop.py",
     "transformers": "mixer/training/pretrained.py",
+    "lm_eval": "mixer/training/harness.py",
 }
 NO_ACTORS = {1, 2}
 RAY_LIBRARIES = {"ray.data", "ray.train", "ray.tune", "ray.serve", "ray.rllib", "ray.air"}
