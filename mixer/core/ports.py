@@ -36,8 +36,9 @@ class Setting:
     """What a policy is told once, at the start of a run.
 
     The `first_window` (lag_windows + 1) windows from `start_window` on carry the prior; the signal of window j
-    decides window j + `first_window`. So a policy finds how far the run is from the signal's own number, not by counting its
-    calls: a window whose signal was refused is never shown to it, and must not shift a script.
+    decides window j + `first_window`. So a policy finds how far the run is from the signal's own number, not by
+    counting its calls: a window whose signal was refused is never shown to it, and must not shift a script. A
+    policy that measures nothing is also asked with `first_window` 0, of window j itself.
     """
 
     catalog: Catalog
@@ -48,9 +49,9 @@ class Setting:
     planned_windows: int | None = None  # None: the run ends when somebody ends it
 
     def __post_init__(self) -> None:
-        if self.window_slots < 1 or self.first_window < 1:
+        if self.window_slots < 1 or self.first_window < 0:
             raise ConfigError(
-                f"window_slots={self.window_slots}, first_window={self.first_window}; both need to be at least 1."
+                f"window_slots={self.window_slots}, first_window={self.first_window}; they need to be at least 1 and 0."
             )
         if self.start_window < 0:
             raise ConfigError(f"start_window={self.start_window}; it needs to be at least 0.")
