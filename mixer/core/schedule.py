@@ -19,7 +19,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -315,10 +315,10 @@ class LineWriter:
             self.catalog = row.catalog
         value = {
             "window": row.window,
-            "weights": _pack(row.weights_d, row.catalog),
-            "counts": _pack(row.counts_d, row.catalog),
-            "offsets": _pack(row.offsets_d, row.catalog),
-            "carry": _pack(row.carry_d, row.catalog),
+            "weights": pack_d(row.weights_d, row.catalog),
+            "counts": pack_d(row.counts_d, row.catalog),
+            "offsets": pack_d(row.offsets_d, row.catalog),
+            "carry": pack_d(row.carry_d, row.catalog),
             "signals_through": row.signals_through,
             "reason": row.reason,
         }
@@ -395,10 +395,10 @@ def _read_row_1(value: dict[str, Any], catalog: Catalog) -> ScheduleRow:
     return ScheduleRow(
         window=int(value["window"]),
         catalog=catalog,
-        weights_d=_unpack(value["weights"], catalog, np.float64),
-        counts_d=_unpack(value["counts"], catalog, np.int64),
-        offsets_d=_unpack(value["offsets"], catalog, np.int64),
-        carry_d=_unpack(value["carry"], catalog, np.float64),
+        weights_d=unpack_d(value["weights"], catalog, np.float64),
+        counts_d=unpack_d(value["counts"], catalog, np.int64),
+        offsets_d=unpack_d(value["offsets"], catalog, np.int64),
+        carry_d=unpack_d(value["carry"], catalog, np.float64),
         signals_through=int(value["signals_through"]),
         reason=str(value["reason"]),
     )
@@ -460,13 +460,15 @@ def _check_of(body: bytes, check_before: str) -> str:
     return hashlib.blake2b(body, key=check_before.encode(), digest_size=CHECK_HEX // 2).hexdigest()
 
 
-def _pack(values: Floats | Ints, catalog: Catalog) -> dict[str, float | int] | str:
+def pack_d(values: Floats | Ints, catalog: Catalog) -> dict[str, float | int] | str:
+    """Values in catalog order as JSON can hold them, exactly: a mapping by name, or base64 of many."""
     if len(values) <= READABLE_DOMAINS:
         return dict(zip(catalog.names, values.tolist(), strict=True))
     return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
 
 
-def _unpack(value: dict[str, float | int] | str, catalog: Catalog, kind: type[Any]) -> NDArray[Any]:
+def unpack_d(value: Mapping[str, float | int | None] | str, catalog: Catalog, kind: type[Any]) -> NDArray[Any]:
+    """What `pack_d` packed, read-only; a null among floats is NaN. Anything else is a ValueError or TypeError."""
     values: NDArray[Any]
     if isinstance(value, str):
         values = np.frombuffer(base64.b64decode(value, validate=True), dtype=np.dtype(kind).newbyteorder("<"))
