@@ -135,8 +135,8 @@ class Controller:
         if origin.get("kind") == "replay":  # nothing is decided here, whatever the lag
             if self.planned_windows != self.next_window:
                 raise ResumeError(
-                    f"resume refused: {self._rundir.path} repeats a schedule of {self.next_window} windows, this config "
-                    f"plans {self.planned_windows}. Plan as many, or fork the run."
+                    f"resume refused: {self._rundir.path} repeats a schedule of {self.next_window} windows, this "
+                    f"config plans {self.planned_windows}. Plan as many, or fork the run."
                 )
         elif last is not None and last.reason == FORK:
             if lag != (found := origin.get("lag_windows")):

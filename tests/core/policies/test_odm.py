@@ -69,9 +69,8 @@ def test_a_policy_that_starts_at_a_fork_explores_as_one_at_the_start_of_a_run(fo
     early = policy.start(make_setting(CATALOG, first_window=3))
     late = policy.start(replace(make_setting(CATALOG, first_window=3), start_window=30))
     for window in range(8):
-        losses = [3.0, 2.0, 1.0 + window]
-        early, before = policy.update(early, make_signal(CATALOG, window, losses))
-        late, after = policy.update(late, make_signal(CATALOG, 30 + window, losses))
+        early, before = policy.update(early, make_signal(CATALOG, window, [3.0, 2.0, 1.0 + window]))
+        late, after = policy.update(late, make_signal(CATALOG, 30 + window, [3.0, 2.0, 1.0 + window]))
         assert before.tolist() == after.tolist()
     with pytest.raises(ConfigError, match="start_window=-1"):
         replace(make_setting(CATALOG), start_window=-1)
