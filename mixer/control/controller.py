@@ -38,6 +38,8 @@ from mixer.core.signal import Signal
 
 logger = logging.getLogger(__name__)
 
+FORK = "fork"  # the reason of the rows that a fork begins with; the signals of its source decide them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerOptions:
@@ -129,7 +131,20 @@ class Controller:
 
     def _check_lag(self) -> None:
         last, lag = self._rundir.schedule.last, self.options.lag_windows
-        if last is not None and last.signals_through != max(last.window - 1 - lag, -1):
+        origin = self._rundir.origin() or {}
+        if origin.get("kind") == "replay":  # nothing is decided here, whatever the lag
+            if self.planned_windows != self.next_window:
+                raise ResumeError(
+                    f"resume refused: {self._rundir.path} repeats a schedule of {self.next_window} windows, this "
+                    f"config plans {self.planned_windows}. Plan as many, or fork the run."
+                )
+        elif last is not None and last.reason == FORK:
+            if lag != (found := origin.get("lag_windows")):
+                raise ResumeError(
+                    f"resume refused: the run was forked with lag_windows={found}, this config has {lag}. "
+                    "Use the run's lag."
+                )
+        elif last is not None and last.signals_through != max(last.window - 1 - lag, -1):
             raise ResumeError(
                 f"resume refused: window {last.window} of the run depends on signals through {last.signals_through}, "
                 f"lag_windows={lag} would make it {max(last.window - 1 - lag, -1)}. Use the run's lag."
