@@ -236,6 +236,7 @@ def add(numbers):
 add(range(3))
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), hard))
 add(range(3, 8))
+print("bytes", Path(sys.argv[1]).stat().st_size)
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 add(range(3, 8))
 journal.close()
@@ -253,6 +254,7 @@ def test_a_full_disk_leaves_no_half_line_and_it_goes_on_when_there_is_room(path,
     said = done.stdout.splitlines()
     assert said[0] == "[True, True, True]"
     assert [line for line in said if line.startswith("[")][1:] == [str([False] * 5), str([True] * 5)], done.stdout
+    assert f"bytes {3 * line}" in said  # the half is taken back at once
     assert sum("cannot be written" in line for line in said) == 1
     assert [record["window"] for record in records(path)] == list(range(8))
     assert path.stat().st_size == 8 * line
