@@ -64,6 +64,8 @@ def test_windows_of_one_kind_only_grow_and_events_are_always_kept(path):
         (window(2, loss=9.0), False),
         (window(1), False),  # left out once, it is out of order now
         ({"kind": "policy", "window": 1, "time": 1.0, "values": {}}, True),
+        ({"kind": "evaluation", "window": -1, "time": 1.0, "sets": {}}, True),  # before the first window
+        ({"kind": "evaluation", "window": -1, "time": 1.0, "sets": {}}, False),
         ({"kind": "evaluation", "window": 0, "time": 1.0, "sets": {}}, True),
         ({"kind": "policy", "window": 1, "time": 2.0, "values": {"a": 1}}, False),
         (event("checkpoint", window=0), True),
@@ -305,11 +307,11 @@ def test_a_hundred_thousand_records_are_opened_and_read_in_seconds(path):
     tail = json.dumps({"time": 1.0, "loss_sum": names, "tokens_d": names, "rows_d": names})[1:]
     with path.open("w") as file:
         file.writelines(f'{{"kind":"window","window":{i},{tail}\n' for i in range(100_000))
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with Journal(path) as journal:
-        opened = time.perf_counter() - begin
+        opened = time.thread_time() - begin
         assert not journal.append(window(99_999)) and journal.append(window(100_000))
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert sum(1 for _ in read_journal(path)) == 100_001
-    read = time.perf_counter() - begin
+    read = time.thread_time() - begin
     assert opened < 2 and read < 4, (opened, read)
