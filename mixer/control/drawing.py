@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from mixer.control.wording import short, shorten
+
 INK, SOFT, GRID, GROUND, REST = "#1c2127", "#5d6671", "#dfe3e8", "#fefefe", "#9aa1a9"
 THEMED = {INK: "--ink", SOFT: "--soft", GRID: "--grid", GROUND: "--ground"}
 COLOURS = ("#1a80c4", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8b62b8", "#a39a00")
@@ -212,7 +214,7 @@ def name_ends(axes: Axes, ends: Sequence[tuple[str, float, Look]]) -> None:
         free: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False, "scalex": False, "scaley": False}
         axes.plot([1.005, 1.03], [from_y, y], color=look.colour, linewidth=0.5, **free)
         axes.plot([1.03, 1.08], [y, y], color=look.colour, linestyle=look.line, linewidth=1.6, **free)
-        axes.text(1.09, y, shortened(name), transform=axes.transAxes, fontsize=size, va="center", ha="left", color=INK)
+        axes.text(1.09, y, shorten(name), transform=axes.transAxes, fontsize=size, va="center", ha="left", color=INK)
 
 
 def spread(wanted: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
@@ -230,10 +232,6 @@ def spread(wanted: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
     level = np.array([mean for mean, n in pools for _ in range(int(n))], dtype=np.float64)
     most = max(1.0 - (num - 1) * gap, 0.0)
     return np.clip(level, 0.0, most) + np.arange(num) * gap
-
-
-def shortened(name: str, most: int = 22) -> str:
-    return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"
 
 
 def mark_times(axes: Axes, marks: Mapping[float, str]) -> None:
@@ -264,13 +262,3 @@ def over_windows(axes: Axes, end: int) -> None:
     axes.set_xlim(-0.5, max(end, 1) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("window")
-
-
-def short(value: float, digits: int = 3) -> str:
-    """A number with as few signs as tell it: 12.3M."""
-    if not np.isfinite(value):
-        return "–"
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.{digits}g}{letter}"
-    return f"{value:.{digits}g}"

@@ -13,6 +13,7 @@ from mixer.control import drawing
 from mixer.control.course import Course, evaluations_of, internals_of, shown_domains
 from mixer.control.drawing import GROUND, INK, REST, SOFT, Line, Look, Picture
 from mixer.control.record import Record
+from mixer.control.wording import short, shorten
 
 MOST_INTERNALS = 12
 MOST_MAPS = 4
@@ -273,9 +274,9 @@ def influence(scene: Scene) -> Iterator[Picture]:
         most = float(np.nanmax(np.abs(value_dt))) or 1.0
         drawn, (axes,) = drawing.figure(height_in=max(2.4, 1.0 + 0.17 * len(names)))
         mesh = axes.pcolormesh(value_dt, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors=GROUND, linewidth=0.5)
-        axes.set_xticks(np.arange(len(targets)) + 0.5, [drawing.shortened(target) for target in targets], rotation=30,
+        axes.set_xticks(np.arange(len(targets)) + 0.5, [shorten(target) for target in targets], rotation=30,
                         ha="right")  # fmt: skip
-        axes.set_yticks(np.arange(len(names)) + 0.5, [drawing.shortened(name) for name in names])
+        axes.set_yticks(np.arange(len(names)) + 0.5, [shorten(name) for name in names])
         axes.invert_yaxis()
         axes.grid(visible=False)
         if value_dt.size <= 96:
@@ -301,7 +302,7 @@ def speed(scene: Scene) -> Iterator[Picture]:
     above.margins(y=0.12)
     above.set_ylim(bottom=0)
     drawing.entitle(above, "Throughput", "tokens a second")
-    above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: drawing.short(value)))
+    above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     drawing.draw_lines(below, [Line("", course.after_b, course.wait_b, Look(drawing.COLOURS[5], "-", ""))], named=False)
     below.margins(y=0.12)
     below.set_ylim(bottom=0)

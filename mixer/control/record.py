@@ -122,21 +122,48 @@ class Record:
 
 def read_record(path: str | Path) -> Record:
     """The record of a run folder, or of a schedule file alone."""
-    path = Path(path)
-    folder, file = (path.parent, path) if path.is_file() else (path, path / "schedule.jsonl")
-    if not file.is_file():
-        raise ScheduleError(f"{file} is missing, so {path} holds no run. Name a run's folder, or a schedule.")
-    schedule = read(file.read_bytes(), thorough=False).schedule
-    if path.is_file():
-        return Record(path, schedule)
-    text = folder / "run.yaml"
-    record = Record(folder, schedule, text.read_text("utf-8") if text.is_file() else "")
-    record.is_live = (folder / "live.json").is_file()
-    journal = folder / "journal.jsonl"
-    if journal.is_file():
-        for _, one in read_journal(journal):
-            take(record, one)
-    return record
+    return Follower(path).look()
+
+
+class Follower:
+    """A record that is kept up to date: `look` reads what was added since the last one."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._alone = self._path.is_file()
+        self._file = self._path if self._alone else self._path / "schedule.jsonl"
+        self._record: Record | None = None
+        self._size = -1  # of the schedule, when it was last read
+        self._told = 0  # bytes of the journal that are in the record
+
+    def look(self) -> Record:
+        journal = self._path / "journal.jsonl"
+        told = journal.stat().st_size if not self._alone and journal.is_file() else 0
+        if self._record is None or told < self._told:  # another journal than before
+            self._size, self._told = -1, 0
+            self._record = Record(self._path, self._schedule(), self._config())
+        elif self._file.stat().st_size != self._size:
+            self._record.schedule = self._schedule()
+        record = self._record
+        record.is_live = not self._alone and (self._path / "live.json").is_file()
+        if told > self._told:
+            for end, one in read_journal(journal, self._told):
+                take(record, one)
+                self._told = end
+        return record
+
+    def _schedule(self) -> MixtureSchedule:
+        if not self._file.is_file():
+            raise ScheduleError(
+                f"{self._file} is missing, so {self._path} holds no run. Name a run's folder, or a schedule."
+            )
+        data = self._file.read_bytes()
+        self._size = len(data)
+        return read(data, thorough=False).schedule
+
+    def _config(self) -> str:
+        file = self._path / "run.yaml"
+        return file.read_text("utf-8") if not self._alone and file.is_file() else ""
 
 
 def take(record: Record, one: Mapping[str, Any]) -> None:
@@ -144,9 +171,9 @@ def take(record: Record, one: Mapping[str, Any]) -> None:
     value = dict(one)
     match value.get("kind"):
         case "window":
-            record.windows[int(value["window"])] = value
+            record.windows.setdefault(int(value["window"]), value)
         case "policy":
-            record.policy[int(value["window"])] = value
+            record.policy.setdefault(int(value["window"]), value)
         case "evaluation":
             record.evaluations.append(value)
         case "influence":

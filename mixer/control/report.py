@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from mixer.control.course import Course, course_of, evaluations_of
-from mixer.control.drawing import Picture, short
+from mixer.control.drawing import Picture
 from mixer.control.fence import write_whole
 from mixer.control.page import PAGE
 from mixer.control.pictures import draw
 from mixer.control.record import Record, happenings, number, read_record
+from mixer.control.wording import short, span
 
 MOST_EVENTS = 400
 CONFIG_KEYS = ("policy", "model", "optimizer", "step", "controller", "rails", "train", "evaluation")
@@ -289,16 +290,3 @@ def _count(value: Any) -> str:
 
 def _moment(time: float) -> str:
     return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def span(seconds: float) -> str:
-    """A length of time for people: 3 h 07 min."""
-    seconds = max(0.0, seconds)
-    if seconds < 60:
-        return f"{seconds:.3g} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"

@@ -12,7 +12,8 @@ from mixer.control import drawing
 from mixer.control.course import course_of, internals_of, shown_domains
 from mixer.control.pictures import Scene
 from mixer.control.record import happenings, plain_options, read_record
-from mixer.control.report import span, write_report
+from mixer.control.report import write_report
+from mixer.control.wording import short, span
 from mixer.core.catalog import Catalog, Domain
 from mixer.core.errors import ScheduleError
 from mixer.core.mixture import Mixture
@@ -308,7 +309,7 @@ def test_options_are_found_by_their_dotted_key():
 
 
 def test_numbers_for_people():
-    assert [drawing.short(value) for value in (0, 12.34, 999, 1234, 999_999, 2.5e9)] == [
+    assert [short(value) for value in (0, 12.34, 999, 1234, 999_999, 2.5e9)] == [
         "0", "12.3", "999", "1.23k", "1M", "2.5B",
     ]  # fmt: skip
     assert [span(value) for value in (1.23456, 59, 61, 3661, 90000)] == [
