@@ -5,6 +5,7 @@ have windows that were trained elsewhere. What is missing is empty here, never a
 a record too.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from mixer.core.plan import Geometry
 from mixer.core.schedule import MixtureSchedule, read, unpack_d
 
 FAULTS = ("restart", "preemption")  # events after which a run has to come back
+CHECKPOINT = "checkpoint.json"  # written last: with it a checkpoint is whole
 ENDS = ("finished", "stopped")
 
 
@@ -252,6 +254,18 @@ def _stretch(begin: int, end: int, reason: str) -> Iterator[tuple[int, str, str]
         yield begin, "held", f"the mixture was held for {end - begin} windows"
     elif reason.startswith(("set:", "paused:", "resumed:")):
         yield begin, "order", reason + (f" ({end - begin} windows)" if end - begin > 1 else "")
+
+
+def checkpoint_steps(folder: Path) -> int | None:
+    """After how many steps the newest checkpoint was taken; one that is not whole does not count."""
+    found = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit() and len(path.name) >= 9]
+    for path in sorted(found, key=lambda path: int(path.name), reverse=True):
+        try:
+            json.loads((path / CHECKPOINT).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        return int(path.name)
+    return None
 
 
 def catalogs_of(schedule: MixtureSchedule) -> list[tuple[int, Catalog]]:

@@ -14,7 +14,11 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def shorten(name: str, most: int = 22) -> str:
-    return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"
+    """A name of at most so many letters, cut where names differ least: in the middle, or of few letters at the end."""
+    if len(name) <= most:
+        return name
+    kept = min(8, (most - 1) // 2)
+    return f"{name[: most - 1 - kept]}…{name[len(name) - kept :]}"
 
 
 def span(seconds: float) -> str:

@@ -20,8 +20,8 @@ from tests.control.telling import GEOMETRY, START, Teller, make_run
 ROOT = Path(__file__).parents[2]
 
 
-def lines_of(record, width=100, **options) -> list[str]:
-    return view.text(record, width, **({"now": START} | options)).splitlines()
+def lines_of(record, width=100, *, now=START, height=None) -> list[str]:
+    return view.text(record, width, now=now, height=height).splitlines()
 
 
 def test_the_view_says_what_the_files_say(tmp_path):
@@ -142,7 +142,7 @@ def test_watching_is_left_with_a_clean_terminal(tmp_path, number):
         process.send_signal(number)
         rest = read_until(terminal, None)
         assert process.wait(30) == 0
-        before, mark, after = rest.partition(b"\x1b[?25h\x1b[?1049l")
+        _, mark, after = rest.partition(b"\x1b[?25h\x1b[?1049l")
         assert mark and b"6/12 windows" in after and b"\x1b" not in after and b"Traceback" not in rest
     finally:
         process.kill()
