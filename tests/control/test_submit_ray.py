@@ -1,5 +1,6 @@
 """Jobs sent to a real cluster of two nodes that asks for a token: to the end, failing, stopped, with a wrong token."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -107,6 +108,23 @@ def test_no_wait_prints_the_id_alone(cluster, corpus):
     unknown = submit(cluster, "--follow", "nobody")
     assert unknown.returncode == 2
     assert "knows no job 'nobody'" in unknown.stderr
+
+
+def test_the_doctor_examines_every_node_as_a_job(cluster, corpus, tmp_path):
+    words = [f"corpus.path={corpus}", f"prepare.output={tmp_path}/out", "--json"]
+    config = tmp_path / "config.yaml"
+    config.write_text("prepare: {output: x, domains: {code: {files: [a.txt]}}}\n")
+    done = mixer(cluster, "doctor", str(config), *words, "--address", cluster.address)
+    findings = json.loads(done.stdout[done.stdout.index("\n[") :])
+    by_name = {one["name"]: one for one in findings}
+    assert len({one["node"] for one in findings if one["name"] == "CPUs"}) == 2
+    for name in ("versions", "same versions", "token authentication", "token file", "dashboard", "clock", "corpus"):
+        assert by_name[name]["level"] == "ok", by_name[name]
+    assert by_name["token authentication"]["found"] == "the job server asks for a token"
+    assert by_name["dashboard"]["found"].endswith("this machine only, with a token")
+    assert by_name["storage of prepare.output"]["found"] == f"{tmp_path}: written and seen by 2 nodes"
+    assert done.returncode == int(any(one["level"] == "bad" for one in findings))
+    assert cluster.token not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
