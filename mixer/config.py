@@ -40,13 +40,25 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
     return cast(T, _build(schema, root, ""))
 
 
-def save(config: Any, path: str | Path) -> None:
-    """Every option of a dataclass, defaults too, as YAML that `load` turns into an equal one.
+def build(schema: type[T], value: Mapping[str, Any], path: str) -> T:
+    """Plain data, read from `path` of a configuration, as one `schema`."""
+    return cast(T, _build(schema, _node(dict(value), f"section `{path}`", path), path))
 
-    The file is there whole or not at all.
-    """
+
+def to_text(config: Any) -> str:
+    """Every option of a dataclass, defaults too, as YAML that `load` turns into an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A dataclass as mappings, lists and plain values."""
+    return _plain(config, "")
+
+
+def save(config: Any, path: str | Path) -> None:
+    """`to_text` in a file, which is there whole or not at all."""
     target = Path(path)
-    text = OmegaConf.to_yaml(OmegaConf.create(_plain(config, "")))
+    text = to_text(config)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:

@@ -1,18 +1,31 @@
-"""The one assembly point: from a config to catalog, schedule, reader.
+"""The one assembly point: from a config to catalog, schedule, reader, controller, workers.
 
 Nothing is decided here; every part is made by its own module and handed to the next.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import ray
+import ray.train
 from numpy.typing import NDArray
+from torch import nn
 
+from mixer import config as configs
+from mixer.control.actor import Charge
+from mixer.control.client import ControllerClient
+from mixer.control.controller import ControllerOptions
+from mixer.control.tracker import TrackerOptions
 from mixer.core.catalog import Catalog
-from mixer.core.errors import ConfigError
+from mixer.core.errors import ConfigError, MixerError, ResumeError
 from mixer.core.mixture import Mixture
-from mixer.core.plan import Geometry
+from mixer.core.plan import Cursor, Geometry
+from mixer.core.policies import policy_class
+from mixer.core.ports import Policy
 from mixer.core.rails import GuardRails, Progress
 from mixer.core.schedule import MixtureSchedule
 from mixer.data.catalogs import open_catalog
@@ -20,6 +33,15 @@ from mixer.data.corpus import CatalogRows, Corpus
 from mixer.data.prepare import PrepareOptions
 from mixer.data.reader import WindowReader
 from mixer.data.storage import Storage
+from mixer.data.stream import StreamingOptions, WindowStream
+from mixer.training import loop
+from mixer.training.checkpoint import CheckpointOptions
+from mixer.training.evaluation import EvaluationOptions, Evaluator
+from mixer.training.loop import Parts, TrainOptions
+from mixer.training.model import Decoder, DecoderOptions
+from mixer.training.optimizer import OptimizerOptions
+from mixer.training.pretrained import CausalModel, CausalOptions
+from mixer.training.step import StepOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +67,100 @@ class StreamOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Where a run is kept, and on which Ray it runs."""
+
+    path: str = "runs/run"  # its folder; on a cluster, one that every node can reach
+    address: str | None = None  # of a running Ray; null: RAY_ADDRESS, or else a Ray of its own on this machine
+    num_cpus: int | None = None  # of the Ray started here; null: all
+    object_store_mb: int | None = None  # of the Ray started here; null: as Ray finds right
+
+    @property
+    def folder(self) -> Path:
+        if "://" in self.path:
+            raise ConfigError(f"run.path={self.path} is not a folder of a file system. Name one that all nodes mount.")
+        return Path(os.path.abspath(self.path))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """Every option of a run. Each section's options stand beside the code they configure."""
 
+    run: RunOptions = field(default_factory=RunOptions)
     prepare: PrepareOptions | None = None
     corpus: CorpusOptions = field(default_factory=CorpusOptions)
     geometry: Geometry = field(default_factory=Geometry)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    model: DecoderOptions = field(default_factory=DecoderOptions)
+    pretrained: CausalOptions | None = None  # a model of transformers instead of `model`
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    step: StepOptions = field(default_factory=StepOptions)
+    policy: dict[str, Any] = field(default_factory=lambda: {"kind": "natural"})
+    prior: Literal["natural", "uniform"] | dict[str, float] = "natural"  # or weights by name, of any scale
     rails: GuardRails = field(default_factory=GuardRails)
+    controller: ControllerOptions = field(default_factory=ControllerOptions)
+    streaming: StreamingOptions = field(default_factory=StreamingOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    tracker: TrackerOptions = field(default_factory=TrackerOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
+
+
+# Sections and options that change nothing of what is trained, so a run may go on under other values of them.
+# Of `corpus` its rows matter, and they are compared by fingerprint; `geometry` is compared with the schedule.
+MAY_DIFFER = (
+    *("run", "prepare", "corpus", "geometry", "streaming", "checkpoint", "evaluation", "tracker", "stream"),
+    *(f"train.{key}" for key in ("num_workers", "cpus_per_worker", "gpu", "resources_per_worker", "strategy")),
+    *(f"train.{key}" for key in ("compile", "threads", "max_failures", "timeout_s", "peak_flops", "trace")),
+    *("step.micro_rows", "step.bad_loss", "controller.max_held", "controller.max_waiting"),
+)
+
+
+def require_same(config: RunConfig, folder: Path) -> None:
+    """Refuse to go on with the run in `folder` under options that would make it another run."""
+    before = _flat(configs.to_plain(configs.load(RunConfig, [folder / "run.yaml"])))
+    now = _flat(configs.to_plain(config))
+    for key in sorted(before.keys() | now.keys()):
+        if any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER):
+            continue
+        if (old := before.get(key)) != (new := now.get(key)):
+            raise ResumeError(
+                f"resume refused: {folder / 'run.yaml'} has {key}={old}, this config has {new}. The run would not be "
+                f"the same any more. Use {old}, start another run with run.path=..., or fork this one."
+            )
+
+
+def _flat(value: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            flat |= _flat(item, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = item
+    return flat
+
+
+# ---- the parts of a config -------------------------------------------------------------------------------
+
+
+def make_policy(config: RunConfig) -> Policy:
+    options = dict(config.policy)
+    kind = options.pop("kind", None)
+    if not isinstance(kind, str):
+        raise ConfigError(f"policy.kind={kind!r}; needed the name of a policy. Set policy.kind, as in policy.kind=odm.")
+    return configs.build(policy_class(kind), options, "policy")
+
+
+def make_prior(config: RunConfig, catalog: Catalog) -> Mixture:
+    if isinstance(config.prior, dict):
+        return Mixture.from_dict(catalog, config.prior, normalize=True)
+    return Mixture.natural(catalog) if config.prior == "natural" else Mixture.uniform(catalog)
+
+
+def make_model(config: RunConfig, vocab_size: int) -> nn.Module:
+    if config.pretrained is not None:
+        return CausalModel(config.pretrained, vocab_size, seed=config.train.seed)
+    return Decoder(config.model, vocab_size, seed=config.train.seed)
 
 
 def open_rows(config: RunConfig) -> CatalogRows:
@@ -106,3 +214,111 @@ def stream(rows: CatalogRows, schedule: MixtureSchedule) -> Iterator[Streamed]:
             asked_d = schedule.row(batch.window).weights_d * geometry.window_slots
             yield Streamed(batch.window, asked_d, given_d, tokens)
             given_d, tokens = np.zeros_like(given_d), 0
+
+
+# ---- training --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every worker of a run is sent."""
+
+    config: RunConfig
+    rows: CatalogRows
+    feed: Any  # a MixtureFeed: the controller's client, or a saved schedule
+    actor: Any
+    planned_windows: int
+
+
+def plan_length(config: RunConfig, catalog: Catalog) -> int:
+    return config.train.planned_windows(config.geometry.window_slots * catalog.row_tokens)
+
+
+def make_charge(config: RunConfig, rows: CatalogRows, *, follows: bool = False) -> Charge:
+    """What the run's actor is started with; `follows` a schedule that is in its folder already."""
+    catalog = rows.catalog
+    return Charge(
+        folder=config.run.folder,
+        options=config.controller,
+        policy=None if follows else make_policy(config),
+        catalog=catalog,
+        geometry=config.geometry,
+        prior=make_prior(config, catalog),
+        rails=config.rails,
+        planned_windows=plan_length(config, catalog),
+        config=configs.to_text(config),
+        tracker=config.tracker,
+    )
+
+
+def work(job: Job) -> None:
+    """On every worker."""
+    client = ControllerClient(job.actor)
+    if client.failure():  # another attempt would meet the same
+        return
+    try:
+        loop.train(make_parts(job, client))
+    except MixerError as error:
+        client.fail(error)
+        raise
+
+
+def make_parts(job: Job, client: ControllerClient) -> Parts:
+    config, rows = job.config, job.rows
+    folder = config.run.folder
+
+    def batches(*, rank: int, world_size: int, cursor: Cursor) -> Iterator[Any]:
+        return iter(
+            WindowStream(
+                rows,
+                job.feed,
+                config.geometry,
+                rank=rank,
+                world_size=world_size,
+                cursor=cursor,
+                windows=job.planned_windows,
+                options=config.streaming,
+            )
+        )
+
+    return Parts(
+        options=config.train,
+        step=config.step,
+        optimizer=config.optimizer,
+        checkpoint=config.checkpoint,
+        evaluation=config.evaluation,
+        geometry=config.geometry,
+        planned_windows=job.planned_windows,
+        catalog_of=lambda window: job.feed.row(window).catalog,
+        make_model=lambda: make_model(config, rows.corpus.manifest.tokenizer.vocab_size),
+        batches=batches,
+        sink=client,
+        checkpoints=folder / "checkpoints",
+        evaluator=Evaluator.beside(
+            rows.corpus, config.evaluation, cross_document_targets=config.step.cross_document_targets
+        ),
+        trace=folder / "trace" if config.train.trace else None,
+    )
+
+
+def make_trainer(job: Job, work: Callable[[Job], None]) -> Any:
+    """Ray Train over the workers of the options."""
+    from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415  # loads torch's parts of Ray
+
+    options, folder = job.config.train, job.config.run.folder
+    gpu = options.gpu if options.gpu is not None else ray.cluster_resources().get("GPU", 0) > 0
+    least, most = options.workers
+    return TorchTrainer(
+        lambda: work(job),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=int(options.timeout_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=least if least == most else (least, most),
+            use_gpu=gpu,
+            resources_per_worker={"CPU": options.cpus_per_worker, "GPU": float(gpu)} | options.resources_per_worker,
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{os.getpid()}",
+            storage_path=str(folder / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
+        ),
+    )

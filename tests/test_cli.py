@@ -81,9 +81,9 @@ class TaskError(DataError):
 def test_what_is_refused_is_one_line(folder, monkeypatch, capsys, error, status, text):
     (folder / "train.py").write_text("ERROR = None\n\ndef main(argv):\n    raise ERROR\n")
     monkeypatch.syspath_prepend(str(folder.parent))
-    import jobs.train  # type: ignore[import]  # the one just written
+    import jobs.train
 
-    jobs.train.ERROR = error
+    jobs.train.ERROR = error  # type: ignore[attr]  # the module just written
     assert cli.main(["train"]) == status
     assert capsys.readouterr().err == text
 

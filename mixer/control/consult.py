@@ -7,6 +7,7 @@ held locked, is seen and found locked by each node, and the files that they put 
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from ray.exceptions import RayError
 
 from mixer.control import doctor, examine
 from mixer.control.doctor import Finding
@@ -125,7 +128,9 @@ def ask_cluster(address: str, request: Mapping[str, Any]) -> Answers:
 
     cloudpickle.register_pickle_by_value(examine)  # a node need not have mixer
     try:
-        context = ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="mixer-doctor")
+        context: Any = ray.init(
+            address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="mixer-doctor"
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MixerError(
@@ -149,7 +154,7 @@ def ask_cluster(address: str, request: Mapping[str, Any]) -> Answers:
                 node, name, asked_s = pending.pop(one)
                 try:
                     facts = ray.get(one, timeout=0 if ready else 0.1)
-                except (ray.exceptions.RayError, TimeoutError) as error:
+                except (RayError, TimeoutError) as error:
                     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                     answers.silent.append(doctor.unreachable(name, reason))
                     continue

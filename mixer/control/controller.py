@@ -100,6 +100,7 @@ class Controller:
         self.options = options
         self.planned_windows = planned_windows
         self.counts: Counter[str] = Counter()  # signals by what became of them, and what was wrong
+        self.trouble = ""  # why a row was held, the last time
         self._policy = policy
         self._rundir = rundir
         self._rules = rails.bind(catalog, prior)
@@ -157,6 +158,11 @@ class Controller:
     def next_window(self) -> int:
         """The first window that is not decided."""
         return len(self._rundir.schedule)
+
+    @property
+    def state(self) -> State:
+        """The policy's, after the last decision."""
+        return self._state
 
     @property
     def next_signal(self) -> int:
@@ -232,6 +238,7 @@ class Controller:
             except SignalError as error:
                 wrong = f"the policy's answer: {error}"
         self.counts["held"] += 1
+        self.trouble = f"signal of window {signal.window}: {wrong}"
         logger.warning("window %d is held: signal of window %d: %s", self.next_window, signal.window, wrong)
         self._refuse_persistent(wrong)
         self._commit(self._state, previous, reason="held")
@@ -264,10 +271,21 @@ class Controller:
 
     # ---- people's orders ----------------------------------------------------------------------------
 
-    def set_weights(self, weights: Mapping[str, float], why: str, *, window: int | None = None) -> int:
-        """Bind these weights to a window nobody has decided, by default the next; returns it."""
-        Mixture.from_dict(self._rundir.schedule.last_catalog, weights)
-        return self._give({"kind": "set", "weights": dict(weights), "reason": f"set: {why}"}, window)
+    def set_weights(
+        self, weights: Mapping[str, float], why: str, *, window: int | None = None, hold: bool = False
+    ) -> int:
+        """Bind these weights to a window nobody has decided, by default the next; returns it.
+
+        Domains that are not named share the rest as in the last row. With `hold` the policy is paused from the
+        window after it, so that the weights stay; else it goes on from them.
+        """
+        with self._changed:
+            mixture = self._last_mixture().holding(self._rundir.schedule.last_catalog, weights)
+            named = mixture.to_dict(self._rundir.schedule.last_catalog)
+            window = self._give({"kind": "set", "weights": named, "reason": f"set: {why}"}, window)
+            if hold and window + 1 != self.planned_windows:
+                self._give({"kind": "pause", "weights": None, "reason": f"paused: {why}"}, window + 1)
+            return window
 
     def pause_policy(self, why: str, *, window: int | None = None) -> int:
         """From that window on every row repeats the one before it."""

@@ -122,6 +122,20 @@ class Fence:
                 os.close(number)
 
 
+def require_free(folder: Path) -> None:
+    """Refuse a folder whose owner lives, without becoming its owner."""
+    owner = read_owner(folder)
+    lock = folder / f"owner-{owner.epoch}.lock" if owner else None
+    if owner is None or lock is None or not lock.exists():
+        return
+    number = _open_lock(lock)
+    try:
+        if not _try_lock(number):
+            raise ResumeError(f"{folder} belongs to {owner}. Wait for that run, or stop it.")
+    finally:
+        os.close(number)
+
+
 def read_owner(folder: Path) -> Owner | None:
     try:
         return Owner(**json.loads((folder / "owner.json").read_text("utf-8")))

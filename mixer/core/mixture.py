@@ -96,6 +96,29 @@ class Mixture:
             )
         return dict(zip(catalog.names, self.weights_d.tolist(), strict=True))
 
+    def holding(self, catalog: Catalog, weights: Mapping[str, float]) -> "Mixture":
+        """These weights for the domains that are named; the others share the rest as they shared theirs before."""
+        merged = self.to_dict(catalog)
+        for name in weights:
+            if name not in merged:
+                raise ConfigError(f"weights name the {unknown_domain(name, catalog.names)}")
+        if len(weights) == len(merged):
+            return Mixture.from_dict(catalog, weights)
+        named = np.array(list(weights.values()), dtype=np.float64)
+        if named.any():
+            _refuse_bad(named, list(weights))
+        rest = 1.0 - math.fsum(named)
+        if rest < 0:
+            everything = np.ones(named.size, dtype=bool)
+            raise ConfigError(
+                f"weights sum to {1.0 - rest!r}, more than 1: {{{_picked(named, list(weights), everything)}}}. "
+                "Correct them."
+            )
+        others = {name: weight for name, weight in merged.items() if name not in weights}
+        total = math.fsum(others.values())
+        scaled = {name: rest * (weight / total if total else 1 / len(others)) for name, weight in others.items()}
+        return Mixture.from_dict(catalog, {**scaled, **weights}, normalize=True)
+
     def shift(self, other: "Mixture") -> float:
         """The L1 distance: the sum of all changes, twice the share of rows that moved."""
         return math.fsum(np.abs(self.weights_d - other.weights_d))

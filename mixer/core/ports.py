@@ -4,6 +4,7 @@ In a live run the controller's client is both feed and sink. In a replay the sav
 feed. In a test a list is.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -26,8 +27,22 @@ class MixtureFeed(Protocol):
 
 
 class SignalSink(Protocol):
-    def report(self, signal: Signal) -> None:
-        """Take one window's measurement. Safe to repeat."""
+    """Where one rank reports what all of them measured."""
+
+    def report(self, signal: Signal, record: Mapping[str, Any] | None = None) -> None:
+        """Take one window's measurement, and what people may want to know of it. Safe to repeat; does not wait."""
+        ...
+
+    def settle(self) -> None:
+        """Returns when all that was reported is durable, so that nobody will ask for it again."""
+        ...
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Something for people to read. It may be lost; it does not wait."""
+        ...
+
+    def wants_stop(self) -> bool:
+        """Whether somebody asked the run to save itself and end."""
         ...
 
 

@@ -111,17 +111,19 @@ class StepRows(NamedTuple):
             row_b=self.row_b[cut],
         )
 
-    def idle(self) -> "StepRows":
-        """One row without text, for a rank that must take part but has none left."""
-        device, size = self.tokens_bs.device, self.tokens_bs.shape[1]
-        zeros = torch.zeros(1, size, dtype=torch.int64, device=device)
-        position = torch.arange(size, device=device)[None]
-        return self._replace(
+    @classmethod
+    def nothing(cls, row_tokens: int, device: torch.device | str) -> "StepRows":
+        """One row without text, for a rank that must take part but has no row."""
+        zeros = torch.zeros(1, row_tokens, dtype=torch.int64, device=device)
+        position = torch.arange(row_tokens, device=device)[None]
+        return cls(
             tokens_bs=zeros,
             target_bs=torch.full_like(zeros, IGNORED),
             documents=Documents(zeros.int(), position),
-            domain_b=self.domain_b[:0],
-            row_b=self.row_b[:0],
+            domain_b=zeros[0, :0],
+            row_b=zeros[0, :0],
+            step=0,
+            num_targets=0,
         )
 
 
@@ -226,7 +228,7 @@ def accumulate_gradients(
     total = torch.zeros((), dtype=torch.float64, device=rows.tokens_bs.device)
     for number in range(micro_batches):
         part = rows.part(num_rows * number // micro_batches, num_rows * (number + 1) // micro_batches)
-        part = part if len(part.tokens_bs) else rows.idle()
+        part = part if len(part.tokens_bs) else StepRows.nothing(rows.tokens_bs.shape[1], rows.tokens_bs.device)
         with no_sync() if number < micro_batches - 1 else nullcontext():
             device, low = part.tokens_bs.device.type, options.precision == "bfloat16"
             with torch.autocast(device, torch.bfloat16, enabled=low):

@@ -323,3 +323,15 @@ def test_a_policy_that_measures_nothing_decides_from_the_first_window_on(tmp_pat
         here = row.window / PLANNED
         np.testing.assert_allclose(row.weights_d, [1 - here, 0, here], rtol=0, atol=1e-9)
         assert row.reason == "policy"
+
+
+def test_weights_that_are_held_stay_until_the_policy_decides_again(tmp_path):
+    with RunDir(tmp_path) as rundir:
+        controller = open_controller(rundir, rails=GuardRails())
+        assert controller.set_weights({"a": 0.6}, "try", hold=True) == 2
+        controller.resume_policy("enough", window=5)
+        drive(tmp_path, controller)
+        rows = list(rundir.schedule)
+    for row in rows[2:5]:
+        np.testing.assert_allclose(row.weights_d, [0.6, 0.2, 0.2], rtol=0, atol=1e-12)
+    assert [row.reason for row in rows[1:6]] == ["prior", "set: try", "paused: try", "paused: try", "policy"]

@@ -127,3 +127,17 @@ def test_json_restores_every_float(weights: list[float]) -> None:
     mixture = Mixture.from_dict(catalog, dict(zip(catalog.names, weights, strict=True)), normalize=True)
     text = json.dumps(mixture.to_dict(catalog))
     assert Mixture.from_dict(catalog, json.loads(text)) == mixture
+
+
+def test_named_weights_hold_and_the_others_share_the_rest_as_before():
+    catalog = catalog_of(a=10, b=10, c=10)
+    mixture = Mixture.from_dict(catalog, {"a": 0.5, "b": 0.3, "c": 0.2})
+    assert mixture.holding(catalog, {"a": 0.75}).to_dict(catalog) == pytest.approx({"a": 0.75, "b": 0.15, "c": 0.1})
+    alone = Mixture.from_dict(catalog, {"a": 1.0, "b": 0.0, "c": 0.0})
+    assert alone.holding(catalog, {"a": 0.5}).to_dict(catalog) == pytest.approx({"a": 0.5, "b": 0.25, "c": 0.25})
+    with pytest.raises(ConfigError, match="more than 1: {a: 0.8, b: 0.5}"):
+        mixture.holding(catalog, {"a": 0.8, "b": 0.5})
+    with pytest.raises(ConfigError, match="unknown domain 'd'"):
+        mixture.holding(catalog, {"d": 0.5})
+    with pytest.raises(ConfigError, match="sum to 0.9"):
+        mixture.holding(catalog, {"a": 0.5, "b": 0.2, "c": 0.2})

@@ -1,0 +1,97 @@
+"""Train a model under a mixture that a policy moves; go on exactly where a run stands when its folder exists."""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from mixer import cli
+from mixer.config import load
+from mixer.launch import Finish, Status, fit
+from mixer.run import RunConfig, open_rows
+
+LINE_S = 10.0  # between lines where no terminal shows them in place
+SHOWN = 4  # domains
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="mixer train", description=__doc__)
+    top.add_argument("config", nargs="+", help="YAML files, then key=value overrides, as train.windows=64")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    files = [one for one in args.config if "=" not in one]
+    config = load(RunConfig, files, [one for one in args.config if "=" in one])
+    rows = open_rows(config)
+    lines = Lines()
+    print(f"run {config.run.folder}", flush=True)
+    try:
+        finish = fit(config, rows, on_status=lines)
+    finally:
+        lines.close()
+    print(closing(config, finish))
+    return 3 if finish.ending == "bad_loss" else 0
+
+
+class Lines:
+    """One line of progress, in place on a terminal, else from time to time."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._printed_s, self._window, self._begin_s = 0.0, -1, time.monotonic()
+        self._weights: dict[str, float] = {}
+
+    def __call__(self, status: Status) -> None:
+        last = status["last"].get("window")
+        if last is None or last["window"] == self._window:
+            return
+        now_s = time.monotonic()
+        done, planned = last["window"] + 1, status["planned_windows"]
+        line = text(last, done, planned, status["weights"], self._weights)
+        self._weights = self._weights or status["weights"]
+        if self._is_terminal:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        elif now_s - self._printed_s >= LINE_S or done == planned:
+            print(line, file=sys.stderr, flush=True)
+            self._printed_s = now_s
+        self._window = last["window"]
+
+    def close(self) -> None:
+        if self._is_terminal and self._window >= 0:
+            print(file=sys.stderr, flush=True)
+
+
+def text(last: dict[str, Any], done: int, planned: int, weights: dict[str, float], first: dict[str, float]) -> str:
+    """How far the run is, and the weights that are farthest from those it began with."""
+    loss = "no loss" if last["loss"] is None else f"loss {last['loss']:.3f}"
+    moved = sorted(weights, key=lambda name: -abs(weights[name] - first.get(name, weights[name])))[:SHOWN]
+    shown = ", ".join(f"{name} {weights[name]:.3f}" for name in sorted(moved))
+    left_s = (planned - done) * last["seconds"]
+    return (
+        f"window {done} of {planned}  {loss}  {last['tokens_per_s'] / 1e3:.1f} k tokens/s  {shown}  {left_s:.0f} s left"
+    )
+
+
+def closing(config: RunConfig, finish: Finish) -> str:
+    last = finish.status["last"].get("window") or {}
+    lines = [f"{finish.ending} after {last.get('steps', 0)} steps, {last.get('tokens', 0) / 1e6:.2f} M tokens"]
+    evaluation = finish.status["last"].get("evaluation")
+    if evaluation:
+        for name, one in evaluation["sets"].items():
+            loss = "-" if one.get("loss") is None else f"{one['loss']:.4f}"
+            bits = one.get("bits_per_byte")
+            lines.append(f"  {name:<32} loss {loss}" + ("" if bits is None else f"  {bits:.4f} bits per byte"))
+    if finish.behind:
+        lines.append(f"the tracker is {finish.behind} records behind; the next start of this run sends them")
+    if finish.ending == "stopped":
+        lines.append("the same command goes on from here")
+    elif finish.ending == "bad_loss":
+        lines.append("a step had no finite loss, and step.bad_loss is stop; journal.jsonl of the run names the rows")
+    lines.append(f"the run is in {config.run.folder}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main(["train", *sys.argv[1:]]))

@@ -1,0 +1,173 @@
+"""The driver of a run: joins or starts Ray, starts the run's actor, runs the workers, follows them to the end.
+
+The workers' part is in `mixer.run` and `mixer.training.loop`; nothing here knows of rows or weights. Ray Train runs
+in a thread of its own, so that Ctrl-C and SIGTERM come here: the first asks the workers to save and to end, a
+second one gives up at once. Whatever way it ends, the run folder goes on with the same command.
+"""
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from mixer.control.actor import NAMESPACE, find_actor, start_actor
+from mixer.control.client import ControllerClient
+from mixer.control.fence import require_free
+from mixer.core import errors
+from mixer.core.errors import MixerError, ResumeError, ScheduleError
+from mixer.core.schedule import MixtureSchedule
+from mixer.data.corpus import CatalogRows
+from mixer.run import Job, RunConfig, RunOptions, make_charge, make_trainer, plan_length, require_same, work
+
+PATIENCE_S = 10.0  # for the tracker at the end
+Status = dict[str, Any]
+
+
+@contextmanager
+def live(folder: Path, address: str | None = None) -> Iterator[ControllerClient]:
+    """The controller of a run that is going on, wherever it runs."""
+    try:
+        where = json.loads((folder / "live.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ScheduleError(f"{folder} is not being run: there is no live.json to be read. Start the run.") from error
+    with ray_for(RunOptions(path=str(folder), address=address or where["address"])):
+        yield ControllerClient(find_actor(folder), patience_s=10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    ending: str  # finished, stopped, bad_loss
+    status: Status
+    behind: int  # records that the tracker could not send
+
+
+@contextmanager
+def ray_for(options: RunOptions) -> Iterator[None]:
+    """The Ray of the options; one that was started here is ended here. One that runs in this process is used."""
+    if ray.is_initialized():
+        yield
+        return
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    own: dict[str, Any] = {}
+    if address == "local":
+        memory = options.object_store_mb
+        own = {
+            "num_cpus": options.num_cpus,
+            "object_store_memory": memory * 1_000_000 if memory else None,
+            "include_dashboard": False,
+        }
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise MixerError(f"no Ray at {address}: {error}. Correct run.address, or start one here without it.") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def fit(
+    config: RunConfig,
+    rows: CatalogRows,
+    *,
+    follow: MixtureSchedule | None = None,
+    work: Callable[[Job], None] = work,
+    on_status: Callable[[Status], None] = lambda status: None,
+    every_s: float = 0.5,
+) -> Finish:
+    """Begin the run, or go on with it, until it ends; `follow` is the saved schedule of a replay, `work` what
+    every worker does."""
+    folder = config.run.folder
+    if folder.exists():
+        require_free(folder)
+    if (folder / "schedule.jsonl").exists():
+        require_same(config, folder)
+    planned = plan_length(config, rows.catalog)
+    charge = make_charge(config, rows, follows=follow is not None)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ray_for(config.run):
+        actor = start_actor(charge)
+        client = ControllerClient(actor)
+        try:
+            client.note({"kind": "event", "what": "begun", "text": f"attempt of process {os.getpid()}"})
+            trainer = make_trainer(Job(config, rows, follow or client, actor, planned), work)
+            error = _run(trainer.fit, client, on_status, every_s)
+            status = client.call("status")
+            _raise(error, status, config)
+            ending = status["last"].get("event", {}).get("what", "")
+            behind = client.call("close", PATIENCE_S)
+            return Finish(ending, status, behind)
+        finally:
+            with suppress(Exception):
+                client.call("close", 0.0)
+                ray.kill(actor)
+
+
+def _run(
+    call: Callable[[], Any], client: ControllerClient, on_status: Callable[[Status], None], every_s: float
+) -> Exception | None:
+    """Runs `call` in a thread; here signals are taken and the status is told."""
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:  # handed on to the thread that waits
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    with _Asked() as asked:
+        thread.start()
+        told = False
+        while thread.is_alive():
+            thread.join(every_s)
+            if asked.times and not told:
+                told = True
+                client.call("stop", asked.why)
+            on_status(client.call("status"))
+    return failed[0] if failed else None
+
+
+class _Asked:
+    """SIGINT and SIGTERM: counted the first time, a KeyboardInterrupt the second."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.why = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Asked":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, _: object) -> None:
+        self.times += 1
+        self.why = signal.Signals(number).name
+        if self.times > 1:
+            raise KeyboardInterrupt
+
+
+def _raise(error: Exception | None, status: Status, config: RunConfig) -> None:
+    if status["failure"]:
+        kind, text = status["failure"]
+        raise getattr(errors, kind, MixerError)(text)
+    if error is not None:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ResumeError(
+            f"the workers failed more than train.max_failures={config.train.max_failures} times, the last time with: "
+            f"{lines[-1] if lines else type(error).__name__}. Ray's logs say more; the same command goes on from the "
+            "newest checkpoint."
+        ) from error

@@ -1,0 +1,176 @@
+"""Small whole runs, and faults at chosen steps of them."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from mixer.config import load
+from mixer.control.client import ControllerClient
+from mixer.core.errors import MixerError
+from mixer.core.plan import Cursor
+from mixer.data.prepare import PrepareOptions, prepare
+from mixer.data.sources import SourceOptions
+from mixer.data.tasks import SerialRunner
+from mixer.data.tokens import TokenizerOptions
+from mixer.run import Job, RunConfig, make_model, make_parts
+from mixer.training import checkpoint, loop
+from mixer.training.trace import read_trace
+
+WINDOWS, STEPS, ROWS = 10, 4, 8
+WORDS = {
+    "counting": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"],
+    "greek": ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"],
+    "noise": [format(number * 2654435761 % 2**32, "x") for number in range(200)],
+}
+
+
+def make_texts(folder: Path) -> None:
+    """Three domains that a model learns at different speeds, and one target."""
+    prepare(
+        PrepareOptions(
+            output=str(folder),
+            domains={name: SourceOptions(files=(_write(folder, name, words),)) for name, words in WORDS.items()},
+            targets={"sums": SourceOptions(files=(_write(folder, "sums", WORDS["counting"] + WORDS["greek"]),))},
+            row_tokens=32,
+            tokenizer=TokenizerOptions(kind="byte"),
+            validation_share=0.05,
+        ),
+        SerialRunner(),
+    )
+
+
+def _write(folder: Path, name: str, words: list[str]) -> str:
+    draw = random.Random(name)
+    path = folder / "raw" / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(" ".join(draw.choices(words, k=40)) for _ in range(300)))
+    return str(path)
+
+
+def config_of(texts: Path, folder: Path, *overrides: str) -> RunConfig:
+    """A run of a few seconds, two workers, weights that move in every window."""
+    plain = [
+        f"run.path={folder}",
+        f"corpus.path={texts}/train",
+        f"train.windows={WINDOWS}",
+        "train.num_workers=2",
+        "train.cpus_per_worker=0.4",
+        "train.threads=1",
+        "train.trace=true",
+        "train.max_failures=20",
+        f"geometry.window_steps={STEPS}",
+        f"geometry.batch_rows={ROWS}",
+        "model.dim=16",
+        "model.num_layers=1",
+        "model.num_heads=2",
+        "optimizer.rate.peak=0.01",
+        "optimizer.rate.warmup_steps=2",
+        "policy.kind=odm",
+        "policy.form=paper",
+        "policy.smoothing=0.3",
+        "checkpoint.every_windows=2",
+        "evaluation.every_windows=null",
+        "evaluation.at_start=false",
+        "evaluation.rows=8",
+        "tracker.kind=none",
+    ]
+    return load(RunConfig, (), [*plain, *overrides])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a rank does, once, when it has got the batch of a step."""
+
+    step: int
+    rank: int
+    kind: str  # rank, controller, driver, node: what is killed. The node is the one without the driver
+
+
+def kills(seed: int, kind: str, number: int) -> list[Fault]:
+    """At random steps, the first and last windows included, by either rank."""
+    draw = random.Random(f"{seed} {kind}")
+    steps = sorted(draw.sample(range(1, WINDOWS * STEPS), number))
+    return [Fault(step, draw.randrange(2), kind) for step in steps]
+
+
+def work_with(faults: list[Fault], driver: int = 0):
+    """What every worker does: its work, with the faults."""
+
+    def work(job: Job) -> None:
+        client = ControllerClient(job.actor)
+        if client.failure():
+            return
+        parts = make_parts(job, client)
+        folder = job.config.run.folder
+
+        def batches(*, rank: int, world_size: int, cursor: Cursor) -> Iterator[Any]:
+            for batch in parts.batches(rank=rank, world_size=world_size, cursor=cursor):
+                step = Cursor(batch.window, batch.step).steps(parts.geometry)
+                for fault in faults:
+                    chosen = _is_away() if fault.kind == "node" else fault.rank == rank
+                    if fault.step == step and chosen and _first_time(folder, fault):
+                        _kill(fault.kind, client, driver)
+                yield batch
+
+        try:
+            loop.train(replace(parts, batches=batches))
+        except MixerError as error:
+            client.fail(error)
+            raise
+
+    return work
+
+
+def _is_away() -> bool:
+    """Whether this rank is on another node than the head."""
+    here = ray.get_runtime_context().get_node_id()
+    return not any("node:__internal_head__" in node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+
+
+def _kill(kind: str, client: ControllerClient, driver: int) -> None:
+    pid = {"rank": os.getpid, "node": os.getppid, "controller": lambda: client.call("pid"), "driver": lambda: driver}
+    os.kill(pid[kind](), signal.SIGKILL)
+    if kind == "node":
+        time.sleep(600)  # the node's processes end when they see that it is gone
+
+
+def _first_time(folder: Path, fault: Fault) -> bool:
+    try:
+        (folder / f"fault-{fault.kind}-{fault.rank}-{fault.step}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+@dataclass
+class Outcome:
+    """What two runs must share."""
+
+    schedule: bytes
+    rows: dict[int, list[str]]
+    weights: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Outcome":
+        folder = config.run.folder
+        newest = checkpoint.find(folder / "checkpoints")
+        assert newest is not None
+        model = make_model(config, 257)
+        checkpoint.load_model(newest, model)
+        return cls((folder / "schedule.jsonl").read_bytes(), read_trace(folder / "trace"), model.state_dict())
+
+    def require_same(self, other: "Outcome") -> None:
+        assert self.schedule == other.schedule
+        assert self.rows == other.rows
+        assert sorted(self.rows) == list(range(WINDOWS * STEPS))
+        assert self.weights.keys() == other.weights.keys()
+        for name, weight in self.weights.items():
+            assert torch.equal(weight, other.weights[name]), name
