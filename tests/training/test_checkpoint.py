@@ -297,6 +297,23 @@ def test_a_save_killed_at_any_point_leaves_a_whole_one(tmp_path):
     assert any(newest == 16 and there == [16, 32] for _, newest, there, _ in found)
 
 
+def test_what_the_record_names_is_durable_before_the_record(tmp_path, trained, monkeypatch):
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (events.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), events.append(f"-> {new}")))
+    path = save(trained, tmp_path)
+    record = events.index(f"-> {path / 'checkpoint.json'}")
+    names = [file for file in names_in(path) if file != "checkpoint.json"]
+    assert len(names) == 2
+    assert all(events.index(str(path / name)) < record for name in names)
+    assert str(tmp_path) in events[:record]
+    assert events[record - 1].endswith(".tmp")
+    assert events[record + 1] == str(path)
+
+
 def die_in_second(rank: int, world_size: int, group: Any, folder: Path) -> str:
     run = Run("ddp", rank, world_size).train(1)
     keeper = Checkpoints(folder, rank=rank, world_size=world_size, group=group)
