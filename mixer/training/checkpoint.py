@@ -2,17 +2,17 @@
 
 Tensors go through `torch.distributed.checkpoint`: every rank writes its part (of what all have alike, a share), and
 a rank of another number, or of a model sharded in another way, reads what it needs. What is written is bytes and
-JSON (`checkpoint_folder` has the layout), never a pickle; a `.metadata` lying there is neither written nor read.
+JSON (`checkpoint_folder` has the layout, `checkpoint_state` the names), never a pickle; a `.metadata` lying there
+is neither written nor read.
 
-`save` copies what is saved to buffers on the host, kept from save to save, and returns; a thread writes them. The
+`save` copies this rank's part to buffers on the host, kept from save to save, and returns; a thread writes them. The
 optimizer's numbers beside its tensors (betas, decay) are recorded, but its own stay in force when it is loaded.
 """
 
-import hashlib
 import json
 import logging
+import math
 import os
-import random
 import secrets
 import warnings
 from concurrent.futures import Future as Upload
@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,13 +42,25 @@ from torch.futures import Future
 from mixer.core.errors import CheckpointError, ConfigError, DamagedError, MixerError
 from mixer.core.plan import Cursor
 from mixer.training.checkpoint_folder import File, Record, checksum, find, path_of, prune, sweep, sync_folder
+from mixer.training.checkpoint_state import (
+    Kind,
+    groups_of,
+    local_part,
+    model_differences,
+    optimizer_targets,
+    optimizer_tensors,
+    other_names,
+    random_states,
+    set_optimizer,
+    set_random_states,
+    share_of,
+)
 
 __all__ = ["CheckpointOptions", "Checkpoints", "Saved", "find", "load_model"]
 
 logger = logging.getLogger(__name__)
 
 NAMED = 5  # differences that an error names
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of compiled and recomputed modules, in names
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is fine
@@ -117,7 +128,8 @@ class Checkpoints:
         A save still under way is waited for first, and its error raised here: then nothing new is saved.
         """
         self.wait()
-        tensors = _tensors_of(model, optimizer) | _random_states(self._rank)
+        tensors = _model_tensors(model) | optimizer_tensors(model, optimizer)
+        tensors = share_of(tensors, self._rank, self._world_size) | random_states(self._rank)
         if saved.sums is not None:
             tensors["sums"] = saved.sums
         path = path_of(self.folder, geometry_steps)
@@ -127,7 +139,7 @@ class Checkpoints:
             tokens=saved.tokens,
             extra=_plain(saved.extra),
             world_size=self._world_size,
-            groups=_groups_of(optimizer),
+            groups=groups_of(optimizer),
             index="",
             files={},
         )
@@ -182,137 +194,42 @@ class Checkpoints:
         """
         self.wait()
         reader = _Reader(Path(path))
-        targets = _model_targets(model, reader, dtypes=True) | _optimizer_targets(model, optimizer, reader)
+        targets = _model_tensors(model)
+        reader.refuse(model_differences(targets, reader.there, dtypes=True), "model")
+        its, differences = optimizer_targets(model, optimizer, reader.there)
+        reader.refuse(differences, "optimizer")
+        targets |= its
         targets |= reader.empty_like(lambda name: name == "sums" or name.startswith("random/"))
         reader.read(targets, self._group)
         _set_model(model, targets)
-        _set_optimizer(model, optimizer, targets, reader.record.groups)
-        _set_random_states(targets, self._rank)
+        set_optimizer(model, optimizer, targets, reader.record.groups)
+        set_random_states(targets, self._rank)
         return reader.saved(targets)
 
 
 def load_model(path: str | Path, model: nn.Module) -> Saved:
     """The weights alone, in this process alone, from a run on any number of ranks."""
     reader = _Reader(Path(path))
-    targets = _model_targets(model, reader, dtypes=False) | reader.empty_like(lambda name: name == "sums")
+    targets = _model_tensors(model)
+    reader.refuse(model_differences(targets, reader.there, dtypes=False), "model")
+    targets |= reader.empty_like(lambda name: name == "sums")
     reader.read(targets, None, alone=True)
     _set_model(model, targets)
     return reader.saved(targets)
 
 
-# --- what is saved ------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"extra={value!r} cannot be saved: {error}. It must be plain JSON.") from error
-
-
-def _name(name: str) -> str:
-    """A parameter's name without its wrappers'."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = getattr(model, "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod")
-    return model
+# --- the model ----------------------------------------------------------------------------------------
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers; what two names share, as tied embeddings, under the first."""
-    first: dict[Tensor, str] = {}
-    for name, parameter in _bare(model).named_parameters(remove_duplicate=False):
-        first.setdefault(parameter, _name(name))
-    again = {_name(name) for name, parameter in _bare(model).named_parameters(remove_duplicate=False)}
-    again -= set(first.values())
-    tensors = {}
+    """Weights and buffers; what has several names under the first."""
+    again, tensors = other_names(model), {}
     for name, value in get_model_state_dict(model).items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name} of the model is a {type(value).__name__}. Only tensors can be saved.")
         if name not in again:
             tensors[f"model/{name}"] = value
     return tensors
-
-
-def _parameters(model: nn.Module) -> dict[Tensor, str]:
-    return {parameter: _name(name) for name, parameter in _bare(model).named_parameters()}
-
-
-def _tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = _model_tensors(model)
-    names = _parameters(model)
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            tensors[f"optimizer/{names[parameter]}/{key}"] = torch.as_tensor(value)
-    return tensors
-
-
-def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The numbers of each group of parameters, as JSON has them."""
-    return [
-        {
-            key: json.loads(json.dumps(value.item() if isinstance(value, Tensor) else value))
-            for key, value in group.items()
-            if key != "params"
-        }
-        for group in optimizer.param_groups
-    ]
-
-
-def _random_states(rank: int) -> dict[str, Tensor]:
-    python = np.frombuffer(json.dumps(random.getstate()).encode(), dtype=np.uint8)
-    states = {"torch": torch.get_rng_state(), "python": torch.from_numpy(python.copy())}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {f"random/{rank}/{kind}": state for kind, state in states.items()}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor."""
-    return tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor.detach()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-# --- how it is set again ------------------------------------------------------------------------------
-
-
-def _model_targets(model: nn.Module, reader: "_Reader", *, dtypes: bool) -> dict[str, Tensor]:
-    targets = _model_tensors(model)
-    there = {name for name in reader.index if name.startswith("model/")}
-    found = [f"{name} is missing in the checkpoint" for name in sorted(targets.keys() - there)]
-    found += [f"{name} is in the checkpoint alone" for name in sorted(there - targets.keys())]
-    for name in sorted(there & targets.keys()):
-        shape, dtype = reader.shape(name), reader.dtype(name)
-        if shape != targets[name].shape:
-            found.append(f"{name} is {list(shape)} in the checkpoint and {list(targets[name].shape)} here")
-        elif dtypes and dtype != targets[name].dtype:
-            found.append(f"{name} is {dtype} in the checkpoint and {targets[name].dtype} here")
-    reader.refuse(found, "model")
-    return targets
-
-
-def _optimizer_targets(model: nn.Module, optimizer: torch.optim.Optimizer, reader: "_Reader") -> dict[str, Tensor]:
-    """Room for the optimizer's tensors in the checkpoint, sharded as its parameters are here."""
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    parameters = {name: parameter for parameter, name in _parameters(model).items() if parameter in held}
-    targets, found = {}, []
-    for full in (name for name in reader.index if name.startswith("optimizer/")):
-        name = full.split("/")[1]
-        shape, dtype = reader.shape(full), reader.dtype(full)
-        if name not in parameters:
-            found.append(f"{full} belongs to no parameter that is trained here")
-        elif shape == parameters[name].shape:
-            targets[full] = torch.empty_like(parameters[name], dtype=dtype, requires_grad=False)
-        elif not shape:
-            targets[full] = torch.empty((), dtype=dtype)
-        else:
-            found.append(f"{full} is {list(shape)} in the checkpoint and {list(parameters[name].shape)} here")
-    reader.refuse(found, "optimizer")
-    return targets
 
 
 def _set_model(model: nn.Module, targets: dict[str, Tensor]) -> None:
@@ -322,46 +239,11 @@ def _set_model(model: nn.Module, targets: dict[str, Tensor]) -> None:
     set_model_state_dict(model, state)
 
 
-def _set_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, targets: dict[str, Tensor], groups: list[dict[str, Any]]
-) -> None:
-    names, state = _parameters(model), optimizer.state_dict()
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for full, value in targets.items():
-        if full.startswith("optimizer/"):
-            _, name, key = full.split("/")
-            by_name.setdefault(name, {})[key] = value
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state["state"] = {number: by_name[name] for number, name in enumerate(order) if name in by_name}
-    mine = _groups_of(optimizer)
-    if len(groups) == len(mine):
-        for group, then in zip(state["param_groups"], groups, strict=True):
-            group["lr"] = then.get("lr", group["lr"])
-        pairs = zip(groups, mine, strict=True)
-        other = {
-            f"{key}={now[key]} (saved with {then[key]})"
-            for then, now in pairs
-            for key in now.keys() & then.keys() - {"lr", "initial_lr", "fused", "foreach"}
-            if now[key] != then[key]
-        }
-        if other:
-            logger.warning("the optimizer goes on with its own %s", ", ".join(sorted(other)))
-    optimizer.load_state_dict(state)
-
-
-def _set_random_states(targets: dict[str, Tensor], rank: int) -> None:
-    """A rank that was not there when they were saved gets states drawn from the first rank's."""
-    if f"random/{rank}/torch" not in targets:
-        digest = hashlib.sha256(targets["random/0/torch"].numpy().tobytes() + f":{rank}".encode()).digest()
-        seed = int.from_bytes(digest[:8], "big") >> 1
-        torch.manual_seed(seed)  # of all devices
-        random.seed(seed)
-        return
-    torch.set_rng_state(targets[f"random/{rank}/torch"])
-    version, state, gauss = json.loads(targets[f"random/{rank}/python"].numpy().tobytes())
-    random.setstate((version, tuple(state), gauss))
-    if torch.cuda.is_available() and f"random/{rank}/cuda" in targets:
-        torch.cuda.set_rng_state(targets[f"random/{rank}/cuda"])
+def _plain(value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"extra={value!r} cannot be saved: {error}. It must be plain JSON.") from error
 
 
 def _cause(error: BaseException) -> tuple[int, BaseException]:
@@ -389,7 +271,7 @@ class _Writer(StorageWriter, AsyncStager):
         self._file: Path | None = None
 
     def use(self, state_dict: dict[str, Tensor]) -> None:
-        self._values = {name: _local(tensor) for name, tensor in state_dict.items()}
+        self._values = {name: local_part(tensor) for name, tensor in state_dict.items()}
 
     @torch.no_grad()
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -421,8 +303,8 @@ class _Writer(StorageWriter, AsyncStager):
         sweep(self.path.parent)
         self.path.mkdir(parents=True, exist_ok=True)
         sync_folder(self.path.parent)
-        save = secrets.token_hex(4)
-        return [replace(plan, storage_data=save) for plan in plans]
+        tag = secrets.token_hex(4)
+        return [replace(plan, storage_data=tag) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
         file = self.path / f"{self._rank:05d}-{plan.storage_data}.data"
@@ -459,8 +341,11 @@ class _Writer(StorageWriter, AsyncStager):
                 sums = b"".join(bytes.fromhex(result.storage_data[2]) for result in rank)
                 files[name] = File(sum(result.size_in_bytes for result in rank), checksum(sums))
         self._write_record(index, files)
-        sweep(self.path.parent)
-        prune(self.path.parent, self.path, self._options.keep, self._options.keep_every_windows)
+        try:
+            sweep(self.path.parent)
+            prune(self.path.parent, self.path, self._options.keep, self._options.keep_every_windows)
+        except OSError as error:
+            logger.warning("old checkpoints in %s cannot be looked through: %s", self.path.parent, error)
 
     def _write_record(self, index: dict[str, Any], files: dict[str, File]) -> None:
         data = json.dumps(index, separators=(",", ":")).encode()
@@ -501,12 +386,9 @@ class _Reader(StorageReader):
         self.record = Record.read(path)
         self.record.check(path)
         self.index = self.record.read_index(path)
-
-    def shape(self, name: str) -> torch.Size:
-        return torch.Size(self.index[name]["shape"])
-
-    def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self.index[name]["dtype"]]
+        self.there = {
+            name: Kind(_DTYPES[tensor["dtype"]], torch.Size(tensor["shape"])) for name, tensor in self.index.items()
+        }
 
     def refuse(self, found: list[str], what: str) -> None:
         if found:
@@ -517,7 +399,7 @@ class _Reader(StorageReader):
             )
 
     def empty_like(self, wanted: Any) -> dict[str, Tensor]:
-        return {name: torch.empty(self.shape(name), dtype=self.dtype(name)) for name in self.index if wanted(name)}
+        return {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in self.there.items() if wanted(name)}
 
     def saved(self, targets: dict[str, Tensor]) -> Saved:
         record = self.record
@@ -542,8 +424,8 @@ class _Reader(StorageReader):
         tensors: dict[str, Any] = {}
         for name, tensor in self.index.items():
             chunks = [ChunkStorageMetadata(torch.Size(piece[0]), torch.Size(piece[1])) for piece in tensor["pieces"]]
-            properties = TensorProperties(dtype=self.dtype(name))
-            tensors[name] = TensorStorageMetadata(properties, self.shape(name), chunks)
+            properties = TensorProperties(dtype=self.there[name].dtype)
+            tensors[name] = TensorStorageMetadata(properties, self.there[name].shape, chunks)
         return Metadata(tensors)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
@@ -574,17 +456,19 @@ class _Reader(StorageReader):
 
     def _piece(self, name: str, piece: Any) -> Tensor:
         _, sizes, file, begin, check = piece
-        path, dtype = self.path / file, self.dtype(name)
-        data = torch.empty(int(np.prod(sizes)) * dtype.itemsize, dtype=torch.uint8)
+        path, dtype = self.path / file, self.there[name].dtype
+        data = torch.empty(math.prod(sizes) * dtype.itemsize, dtype=torch.uint8)
         try:
+            if file not in self.record.files:
+                raise ValueError("it is no file of this checkpoint")
             with open(path, "rb", buffering=0) as stream:
                 stream.seek(begin)
                 view = memoryview(data.numpy())  # pyright: ignore[reportArgumentType]
                 while view and (read := stream.readinto(view)):
                     view = view[read:]
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise DamagedError(
-                f"{path} cannot be read: {error.strerror or error}. Load an earlier checkpoint, or restore the file."
+                f"{path} cannot be read: {error}. Load an earlier checkpoint, or restore the file."
             ) from error
         if len(view) or checksum(data.numpy()) != check:
             raise DamagedError(

@@ -118,7 +118,9 @@ def test_a_run_goes_on_exactly_and_on_other_ranks_from_the_same_numbers(tmp_path
     assert "layers.0.mlp.up.weight/exp_avg_sq" in state
     assert state["layers.0.mlp.up.weight/step"] == 3
     assert sorted(os.listdir(tmp_path / "first" / "000000018"))[-2] == "checkpoint.json"
-    assert len(list((tmp_path / "first" / "000000018").glob("*.data"))) == world_size
+    sizes = [file.stat().st_size for file in (tmp_path / "first" / "000000018").glob("*.data")]
+    assert len(sizes) == world_size
+    assert max(sizes) < 1.2 * min(sizes)  # each rank writes its share
 
     for number, (kind_now, ranks_now) in enumerate(then):
         folder = tmp_path / str(number)
@@ -241,6 +243,8 @@ def die_everywhere(rank: int, world_size: int, group: Any, folder: Path) -> list
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         newest = find(there)
         assert newest is not None
+        for path in there.glob("*/checkpoint.json"):
+            checkpoint_folder.Record.read(path.parent).check(path.parent)  # whatever says it is one is whole
         found.append(
             (code, int(newest.name), steps_in(there), differences(load(newest)[0].state(), states[int(newest.name)]))
         )
@@ -291,6 +295,23 @@ def test_a_save_killed_at_any_point_leaves_a_whole_one(tmp_path):
     assert len(found) > 20
     assert found[-1][2] == [32]
     assert any(newest == 16 and there == [16, 32] for _, newest, there, _ in found)
+
+
+def test_what_the_record_names_is_durable_before_the_record(tmp_path, trained, monkeypatch):
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (events.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), events.append(f"-> {new}")))
+    path = save(trained, tmp_path)
+    record = events.index(f"-> {path / 'checkpoint.json'}")
+    names = [file for file in names_in(path) if file != "checkpoint.json"]
+    assert len(names) == 2
+    assert all(events.index(str(path / name)) < record for name in names)
+    assert str(tmp_path) in events[:record]
+    assert events[record - 1].endswith(".tmp")
+    assert events[record + 1] == str(path)
 
 
 def die_in_second(rank: int, world_size: int, group: Any, folder: Path) -> str:
@@ -531,6 +552,11 @@ def test_an_optimizer_of_fewer_weights_is_refused(tmp_path, trained):
     model = tiny(tied=False)
     with pytest.raises(CheckpointError, match=r"optimizer/embedding.weight/exp_avg belongs to no parameter"):
         Checkpoints(tmp_path).load(path, model, torch.optim.AdamW(model.layers.parameters()))
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path, trained):
+    with pytest.raises(CheckpointError, match="the optimizer holds parameters that are not the model's"):
+        Checkpoints(tmp_path).save(tiny(), trained.optimizer, SAVED, geometry_steps=1)
 
 
 def test_options_and_arguments_out_of_range(tmp_path, trained):
