@@ -104,10 +104,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--kinds", nargs="+", default=["reader", "live", "saved"])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--prefetch-windows", type=int, default=StreamingOptions().prefetch_windows)
+    parser.add_argument("--prefetch-windows", type=int)
+    parser.add_argument("--block-mb", type=float, default=StreamingOptions().block_mb)
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
-    streaming = StreamingOptions(prefetch_windows=options.prefetch_windows)
+    streaming = StreamingOptions(prefetch_windows=options.prefetch_windows, block_mb=options.block_mb)
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         corpus = random_corpus((options.folder or Path(temporary)) / "stream", NUM_ROWS, ROW_TOKENS)

@@ -23,15 +23,23 @@ def signals(num: int = PLANNED, seed: int = 0) -> list[Signal]:
     return [make_signal(CATALOG, window, rng.uniform(1, 6, 3).tolist()) for window in range(num)]
 
 
-def open_controller(rundir: RunDir, *, policy: Policy | None = None, **options) -> Controller:
-    values = {"lag_windows": 1, "planned_windows": PLANNED, "rails": RAILS} | options
+def open_controller(
+    rundir: RunDir,
+    *,
+    policy: Policy | None = None,
+    planned_windows: int | None = PLANNED,
+    rails: GuardRails = RAILS,
+    **options,
+) -> Controller:
     return Controller(
-        ControllerOptions(**values),
+        ControllerOptions(**{"lag_windows": 1} | options),
         policy or load_policy("odm", {"form": "paper"}),
         rundir,
         CATALOG,
         GEOMETRY,
         Mixture.uniform(CATALOG),
+        rails=rails,
+        planned_windows=planned_windows,
     )
 
 
