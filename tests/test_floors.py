@@ -31,7 +31,7 @@ MAY_USE = {
     0: {"numpy", "scipy"},
     1: {"numpy", "scipy", "pyarrow", "tokenizers", "ray", "ray.data"},
     2: {"numpy", "scipy", "pyarrow", "tokenizers", "ray", "ray.data", "ray.train", "torch", "transformers", "lm_eval"},
-    3: {"numpy", "scipy", "pyarrow.fs", "ray", "matplotlib", "mlflow"},
+    3: {"numpy", "scipy", "pyarrow.fs", "yaml", "ray", "matplotlib", "mlflow"},
 }
 ONLY_IN = {
     "omegaconf": "mixer/config.py",

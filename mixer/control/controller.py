@@ -66,6 +66,20 @@ class Receipt(Enum):
     REPEATED = "repeated"  # known already, or of a window that decides nothing any more: nothing changed
 
 
+def unasked(policy: Policy, setting: Setting, window: int) -> NDArray[np.float64]:
+    """What a policy that measures nothing says of a window, before any signal."""
+    zeros = np.zeros(len(setting.catalog), dtype=np.int64)
+    nothing = Signal(
+        window=window,
+        catalog=setting.catalog.fingerprint,
+        loss_sum_d=zeros.astype(np.float64),
+        tokens_d=zeros,
+        rows_d=zeros,
+        bad_rows_d=zeros,
+    )
+    return policy.update(policy.start(replace(setting, first_window=0)), nothing)[1]
+
+
 class Controller:
     """The run's only decider; a plain class, safe to call from several threads."""
 
@@ -114,20 +128,7 @@ class Controller:
                 if policy.NEEDS:
                     self._commit(self._state, self._prior, reason="prior")
                 else:
-                    self._commit(self._state, self._unasked(replace(setting, first_window=0)), reason="policy")
-
-    def _unasked(self, setting: Setting) -> NDArray[np.float64]:
-        """What a policy that measures nothing says of the next window, before any signal."""
-        zeros = np.zeros(len(setting.catalog), dtype=np.int64)
-        nothing = Signal(
-            window=self.next_window,
-            catalog=setting.catalog.fingerprint,
-            loss_sum_d=zeros.astype(np.float64),
-            tokens_d=zeros,
-            rows_d=zeros,
-            bad_rows_d=zeros,
-        )
-        return self._policy.update(self._policy.start(setting), nothing)[1]
+                    self._commit(self._state, unasked(policy, setting, self.next_window), reason="policy")
 
     def _check_lag(self) -> None:
         last, lag = self._rundir.schedule.last, self.options.lag_windows

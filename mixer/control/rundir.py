@@ -23,15 +23,17 @@ import io
 import json
 import logging
 import os
+import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mixer.control.fence import Fence, write_all, write_whole
+from mixer.control.fence import Fence, sync_folder, write_all, write_whole
 from mixer.core import schedule as schedules
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ConfigError, ResumeError, ScheduleError
@@ -112,8 +114,7 @@ class RunDir:
         self._schedule, self._writer, self._size = begun.schedule, begun.writer, begun.size
 
     def origin(self) -> dict[str, Any] | None:
-        """What was said of the run that this one was made from; None for a run of its own."""
-        return self._json("origin.json", None)
+        return load_origin(self.path)
 
     def config(self) -> str:
         return (self.path / "run.yaml").read_text("utf-8")
@@ -151,7 +152,7 @@ class RunDir:
         )
 
     def orders(self) -> list[dict[str, Any]]:
-        return self._json("orders.json", [])
+        return load_orders(self.path)
 
     def write_orders(self, orders: list[dict[str, Any]]) -> None:
         with self._writing("orders"):
@@ -165,15 +166,6 @@ class RunDir:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _json(self, name: str, otherwise: Any) -> Any:
-        path = self.path / name
-        if not path.exists():
-            return otherwise
-        try:
-            return json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ScheduleError(f"{path} cannot be understood: {error}. Restore it from a copy.") from error
 
     def _write_catalog(self, catalog: Catalog) -> None:
         write_whole(self.path / "catalogs" / f"{catalog.fingerprint}.json", _catalog_text(catalog))
@@ -223,6 +215,30 @@ class RunDir:
         return _Writing(self.fence, self.path, what)
 
 
+@contextmanager
+def building(target: Path) -> Generator[RunDir]:
+    """An owned run folder beside the target, which takes its name when all went well and is gone otherwise."""
+    hidden = target.with_name(f".{target.name}.building")
+    if hidden.exists():  # of a process that died, or that is at work: then this is refused
+        with closing(Fence(hidden)):
+            shutil.rmtree(hidden)
+    with RunDir(hidden) as rundir:
+        try:
+            yield rundir
+            sync_folder(hidden)
+            os.rename(hidden, target)
+            sync_folder(target.parent)
+        except OSError as error:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise ScheduleError(
+                f"{target} cannot be made: {error.strerror or error}. Nothing is left of it. Make room or choose "
+                "another place, and try again."
+            ) from error
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+
+
 def load_schedule(source: Path) -> MixtureSchedule:
     """The schedule of a run folder, or of a schedule file, of which every sum is checked; nothing is written there."""
     path = source / "schedule.jsonl" if source.is_dir() else source
@@ -234,6 +250,24 @@ def load_schedule(source: Path) -> MixtureSchedule:
         ) from error
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from error
+
+
+def load_origin(folder: Path) -> dict[str, Any] | None:
+    """What was said of the run that this one was made from; None for a run of its own."""
+    return _load_json(folder / "origin.json", None)
+
+
+def load_orders(folder: Path) -> list[dict[str, Any]]:
+    return _load_json(folder / "orders.json", [])
+
+
+def _load_json(path: Path, otherwise: Any) -> Any:
+    if not path.exists():
+        return otherwise
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ScheduleError(f"{path} cannot be understood: {error}. Restore it from a copy.") from error
 
 
 class _Writing:

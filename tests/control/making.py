@@ -4,6 +4,7 @@ import numpy as np
 
 from mixer.control.controller import Controller, ControllerOptions
 from mixer.control.rundir import RunDir
+from mixer.core.catalog import Catalog
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Geometry
 from mixer.core.policies import load_policy
@@ -29,15 +30,17 @@ def open_controller(
     policy: Policy | None = None,
     planned_windows: int | None = PLANNED,
     rails: GuardRails = RAILS,
+    catalog: Catalog = CATALOG,
+    prior: Mixture | None = None,
     **options,
 ) -> Controller:
     return Controller(
         ControllerOptions(**{"lag_windows": 1} | options),
         policy or load_policy("odm", {"form": "paper"}),
         rundir,
-        CATALOG,
+        catalog,
         GEOMETRY,
-        Mixture.uniform(CATALOG),
+        prior or Mixture.uniform(catalog),
         rails=rails,
         planned_windows=planned_windows,
     )
