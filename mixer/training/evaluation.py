@@ -71,10 +71,6 @@ class EvaluationOptions:
         if unknown or len(set(self.sets)) < len(self.sets):
             raise ConfigError(f"sets={list(self.sets)}; needed different ones of {', '.join(SETS)}.")
 
-    def is_due(self, window: int) -> bool:
-        """Whether to evaluate when this window is trained."""
-        return self.every_windows is not None and (window + 1) % self.every_windows == 0
-
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device | str, precision: Precision) -> Iterator[None]:

@@ -64,6 +64,7 @@ def test_spaces_and_fallback_bytes_count_one_each():
     tokenizer = fallback(prepend=False)
     ids = tokenizer.encode(["the the猫ß"])[0].tolist()
     assert table_of(tokenizer)[ids].tolist() == [3, 4, 1, 1, 1, 2, 0]  # the, " the", three bytes, ß, EOS
+    assert table_of(tokenizer)[1] == 0  # <unk> is special: it stands for no text
 
 
 def test_a_space_that_the_tokenizer_puts_before_a_text_is_counted_with_it():

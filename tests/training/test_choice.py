@@ -88,6 +88,13 @@ def test_answers_by_sum_by_byte_and_by_token():
     assert (found.questions, found.cut) == (3, 0)
 
 
+def test_by_byte_and_by_token_may_differ():
+    # " a": 9 + 2 bits in two tokens, one byte without the space; " bbb": 9 + 5 + 5 + 5 in four, of three bytes.
+    found = scores(halving(**{" a": 1 / 4, " b": 1 / 32, "bb": 1 / 32}), ("q", ("a", "bbb"), 0))
+    assert found.accuracy_by_byte.value == 0  # 11 / 1 against 24 / 3
+    assert found.accuracy_by_token.value == 1  # 11 / 2 against 24 / 4
+
+
 def test_a_byte_counts_for_length_where_a_letter_has_several():
     # "ab": 9 + 9 bits over 2 bytes or letters; "ä": 9 + 9 over 2 bytes but one letter: alike by byte, the first wins
     found = scores(halving(), (" ", ("ä", "ab"), 0), (" ", ("ab", "ä"), 1))

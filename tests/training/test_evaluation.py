@@ -308,8 +308,3 @@ def test_options_and_sums_that_cannot_be_are_refused(corpora):
         Evaluator(corpora).measure(Looking(), rank=2, world_size=2)
     with pytest.raises(ConfigError, match=r"sums of shape \(4, 4\); needed \(5, 4\)"):
         Evaluator(corpora).close(torch.zeros(4, 4))
-
-
-def test_every_so_many_windows():
-    assert [window for window in range(9) if EvaluationOptions(every_windows=4).is_due(window)] == [3, 7]
-    assert not any(EvaluationOptions(every_windows=None).is_due(window) for window in range(9))
