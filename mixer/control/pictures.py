@@ -70,11 +70,12 @@ class Scene:
     def marks(self) -> dict[float, str]:
         """Where the catalog was switched, or somebody gave an order."""
         schedule, course = self.record.schedule, self.course
-        marks = {course.tokens_e[window // course.stride]: "catalog" for window in schedule.switches}
+        marks = {float(course.tokens_e[window // course.stride]): "catalog" for window in schedule.switches}
         before = ""
         for row in schedule:
             if row.reason != before and row.reason.startswith(("set:", "paused:")):
-                marks[course.tokens_e[row.window // course.stride]] = row.reason.partition(":")[0]
+                x, word = float(course.tokens_e[row.window // course.stride]), row.reason.partition(":")[0]
+                marks[x] = f"{marks[x]}, {word}" if x in marks else word
             before = row.reason
         return marks if len(marks) <= 12 else {}
 
@@ -207,22 +208,25 @@ def asked_and_given(scene: Scene) -> Iterator[Picture]:
     drawn, (axes,) = drawing.figure(height_in=2.5)
     x = course.after_b
     axes.fill_between(x, course.apart_low_b, course.apart_high_b, color=drawing.COLOURS[4], alpha=0.35, linewidth=0)
-    axes.plot(x, course.apart_high_b, color=drawing.COLOURS[0], linewidth=1.0)
-    axes.plot(x, course.apart_low_b, color=drawing.COLOURS[0], linewidth=1.0)
+    for edge_b in (course.apart_low_b, course.apart_high_b):
+        drawing.draw_lines(axes, [Line("", x, edge_b, Look(drawing.COLOURS[0], "-", ""))], named=False)
     for limit in (-1, 1):
         axes.axhline(limit, color=drawing.COLOURS[5], linewidth=1.0, linestyle=(0, (4, 2)))
     axes.set_ylim(-1.25, 1.25)
     drawing.entitle(axes, f"Asked less given: at most {course.largest_apart:.2f} rows apart", "rows")
     scene.over_tokens(axes)
-    yield drawing.finish(
-        drawn,
-        "asked-given",
-        "The bounds within which every domain's sum of shares lies from its rows; one row (dashed) is the promise.",
+    caption = (
+        "The bounds within which every domain's sum of shares lies from its rows; one row (dashed) is the promise."
     )
+    if scene.record.windows:
+        caption += f" Of {course.trained_d.sum():,} rows trained, {course.differing_rows:,} are not as planned."
+    yield drawing.finish(drawn, "asked-given", caption)
 
 
 def lag(scene: Scene) -> Iterator[Picture]:
     course, record = scene.course, scene.record
+    if not np.isfinite(course.lag_b).any():
+        return
     drawn, (axes,) = drawing.figure(height_in=2.2)
     edge = np.append(0, course.last_b + 1) - 0.5
     axes.stairs(course.lag_b, edge, color=drawing.COLOURS[0], linewidth=1.4, baseline=None)
@@ -231,7 +235,7 @@ def lag(scene: Scene) -> Iterator[Picture]:
         axes.plot(held, np.zeros(len(held)), "x", color=drawing.COLOURS[5], markersize=4, clip_on=False)
         axes.annotate(f"× held ({len(held)})", (1.0, 1.0), xycoords="axes fraction", ha="right", va="bottom",
                       fontsize=7, color=SOFT)  # fmt: skip
-    axes.set_ylim(0, max(int(course.lag_b.max()), 1) + 0.5)
+    axes.set_ylim(0, max(float(np.nanmax(course.lag_b)), 1.0) + 0.5)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     drawing.entitle(axes, "Lag", "windows")
     drawing.over_windows(axes, len(scene.record.schedule))
@@ -265,13 +269,16 @@ def influence(scene: Scene) -> Iterator[Picture]:
     if not maps:
         return
     chosen = sorted({round(i * (len(maps) - 1) / max(1, MOST_MAPS - 1)) for i in range(MOST_MAPS)})
+    most = max(
+        (abs(v) for i in chosen for line in maps[i]["matrix"].values() for v in line if v is not None), default=0
+    )
+    most = float(most) or 1.0  # one scale for all, so that they can be compared
     for number, one in enumerate(maps[i] for i in chosen):
         names = [name for name in (scene.names if scene.rest else scene.course.names) if name in one["matrix"]]
         targets = [str(target) for target in one["targets"]]
         value_dt = np.array([[np.nan if v is None else float(v) for v in one["matrix"][name]] for name in names])
         if not np.isfinite(value_dt).any():
             continue
-        most = float(np.nanmax(np.abs(value_dt))) or 1.0
         drawn, (axes,) = drawing.figure(height_in=max(2.4, 1.0 + 0.17 * len(names)))
         mesh = axes.pcolormesh(value_dt, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors=GROUND, linewidth=0.5)
         axes.set_xticks(np.arange(len(targets)) + 0.5, [shorten(target) for target in targets], rotation=30,
@@ -323,6 +330,7 @@ def optimizer(scene: Scene) -> Iterator[Picture]:
     rate = Line("", course.after_b, course.rate_b, Look(drawing.COLOURS[2], "-", ""))
     drawing.draw_lines(axes[0], [rate], named=False)
     axes[0].set_ylim(bottom=0)
+    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     drawing.entitle(axes[0], "Learning rate")
     if has_norm:
         norm = Line("", course.after_b, course.grad_norm_b, Look(drawing.COLOURS[6], "-", ""))

@@ -103,7 +103,7 @@ def _numbers(record: Record) -> list[str]:
             f"grad {number(last.get('grad_norm')):.3g}",
             f"workers {last['world_size']}" if last.get("world_size") else "",
         ]
-    if (row := record.schedule.last) is not None:
+    if (row := record.schedule.last) is not None and row.signals_through >= 0:
         parts.append(f"lag {row.window - 1 - row.signals_through}")
     if record.faults:
         parts.append(f"faults survived {record.faults_survived} of {len(record.faults)}")
