@@ -7,6 +7,7 @@ import argparse
 import sys
 import time
 
+from mixer import cli
 from mixer.config import load
 from mixer.core.errors import ConfigError
 from mixer.data.prepare import Progress, prepare
@@ -76,4 +77,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(cli.main(["prepare", *sys.argv[1:]]))

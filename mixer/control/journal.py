@@ -39,10 +39,11 @@ class Once:
         self.last: dict[str, int] = dict(last or {})  # kind -> its newest window
 
     def is_known(self, record: Mapping[str, Any]) -> bool:
-        return record.get("kind") in ONCE and record["window"] <= self.last.get(record["kind"], -1)
+        last = self.last.get(record["kind"])
+        return record["kind"] in ONCE and last is not None and record["window"] <= last
 
     def note(self, record: Mapping[str, Any]) -> None:
-        if record.get("kind") in ONCE:
+        if record["kind"] in ONCE:
             self.last[record["kind"]] = record["window"]
 
 
@@ -107,7 +108,7 @@ class Journal:
             raise
         self._number = number
         for kind, window in last.items():  # what this process knows stays known, also if the file was lost
-            self._once.last[kind] = max(window, self._once.last.get(kind, -1))
+            self._once.last[kind] = max(window, self._once.last.get(kind, window))
 
     def _write(self, data: bytes) -> None:
         """All of `data`, or nothing of it, at the end of the file that has the journal's name."""

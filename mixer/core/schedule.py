@@ -177,27 +177,50 @@ class MixtureSchedule:
 
     # ---- the same mixtures over another length -------------------------------------------------
 
-    def stretch(self, windows: int, geometry: Geometry | None = None) -> "MixtureSchedule":
-        """The same course of mixtures, by token fraction, over another number of windows or other batches.
+    def stretch(
+        self, windows: int, geometry: Geometry | None = None, catalog: Catalog | None = None
+    ) -> "MixtureSchedule":
+        """The same course of mixtures, by token fraction, over another number of windows, other batches or rows.
 
-        Window j of the new schedule takes the mean of the old weights over the stretch of the run it
-        covers, [j, j + 1) / windows. Only for schedules of one catalog: rows are planned afresh.
+        Window j of the new schedule takes the mean of the old weights over the part of the run it covers,
+        [j, j + 1) / windows; rows are planned afresh. A change of catalog keeps its place, which must be where
+        a new window begins. With `catalog`, of the same names, all rows are that one's.
         """
-        if windows < 1 or not self:
-            raise ScheduleError(f"cannot stretch {len(self)} windows to {windows}. Both must be at least 1.")
-        if any(row.catalog.fingerprint != self.catalog.fingerprint for row in self):
-            raise ScheduleError("cannot stretch a schedule that changes its catalog. Stretch its parts.")
-        stretched = MixtureSchedule(self.catalog, geometry or self.geometry)
         old = len(self)
+        if windows < 1 or not self:
+            raise ScheduleError(f"cannot stretch {old} windows to {windows}. Both must be at least 1.")
+        if catalog is not None and (self.switches or catalog.names != self.row(0).catalog.names):
+            raise ScheduleError(
+                f"cannot stretch to another catalog: the schedule has {len(self.switches)} changes of catalog, and "
+                "its domains and those of the new one must have the same names. Use the schedule's catalogs."
+            )
+        for switch in self.switches:
+            if switch * windows % old:
+                fits = old // math.gcd(old, *self.switches)
+                raise ScheduleError(
+                    f"cannot stretch {old} windows to {windows}: the catalog changes before window {switch}, which "
+                    f"would fall inside window {switch * windows // old}. Use a multiple of {fits} windows."
+                )
+        stretched = MixtureSchedule(catalog or self.catalog, geometry or self.geometry)
         for new in range(windows):
             # In units of 1 / (old * windows) of the run, old window i covers [i, i + 1) * windows.
             begin, end = new * old, (new + 1) * old
-            weights_d = np.zeros(len(self.catalog))
+            first = self.row(begin // windows)
+            weights_d = np.zeros(len(first.catalog))
             for i in range(begin // windows, -(-end // windows)):
                 part = min(end, (i + 1) * windows) - max(begin, i * windows)
                 weights_d += self.row(i).weights_d * (part / old)
-            stretched.extend(Mixture(weights_d), reason="stretched")
+            stretched.extend(Mixture(weights_d), catalog=catalog or first.catalog, reason="stretched")
         return stretched
+
+    def head(self, windows: int) -> "MixtureSchedule":
+        """The first so many windows, as a schedule of their own."""
+        if not 0 <= windows <= len(self):
+            raise ScheduleError(f"the first {windows} windows of a schedule that has {len(self)}. Ask for fewer.")
+        head = MixtureSchedule(self.catalog, self.geometry, self.plan_version)
+        head.switches = [switch for switch in self.switches if switch < windows]
+        head._rows = self._rows[:windows]
+        return head
 
     # ---- text ----------------------------------------------------------------------------------
 
