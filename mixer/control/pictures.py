@@ -17,6 +17,7 @@ from mixer.control.wording import short, shorten
 
 MOST_INTERNALS = 12
 MOST_MAPS = 4
+MOST_MARKS = 12  # more would cover the picture
 INK_LOOK = Look(INK, "-", "")
 REST_LOOK = Look(REST, "-", "")
 
@@ -68,16 +69,21 @@ class Scene:
         return [Line(self.rest_name, x, rest, REST_LOOK), *lines] if rest is not None and self.rest else lines
 
     def marks(self) -> dict[float, str]:
-        """Where the catalog was switched, or somebody gave an order."""
-        schedule, course = self.record.schedule, self.course
-        marks = {float(course.tokens_e[window // course.stride]): "catalog" for window in schedule.switches}
+        """Where the catalog was switched, the run was forked off, or somebody gave an order."""
+        schedule, course, origin = self.record.schedule, self.course, self.record.origin
+        found = [(window, "catalog") for window in schedule.switches]
+        if origin.get("kind") == "fork" and 0 < int(origin["window"]) < len(schedule):
+            found.append((int(origin["window"]), "fork"))
         before = ""
         for row in schedule:
             if row.reason != before and row.reason.startswith(("set:", "paused:")):
-                x, word = float(course.tokens_e[row.window // course.stride]), row.reason.partition(":")[0]
-                marks[x] = f"{marks[x]}, {word}" if x in marks else word
+                found.append((row.window, row.reason.partition(":")[0]))
             before = row.reason
-        return marks if len(marks) <= 12 else {}
+        marks: dict[float, str] = {}
+        for window, word in found:
+            x = float(course.tokens_e[window // course.stride])
+            marks[x] = f"{marks[x]}, {word}" if x in marks else word
+        return marks if len(marks) <= MOST_MARKS else {}
 
 
 def draw(record: Record, course: Course) -> list[Picture]:
@@ -253,8 +259,8 @@ def internals(scene: Scene) -> Iterator[Picture]:
             for domain in sorted(series, key=lambda one: one or "")
             if domain is None or domain in index
         ]
-        if not any(np.isfinite(line.y).any() for line in lines):
-            continue
+        if not any(np.isfinite(line.y).any() for line in lines) or all(_is_still(line.y) for line in lines):
+            continue  # nothing that ever moved
         alone = len(lines) == 1 and lines[0].name == name
         drawn, (axes,) = drawing.figure(height_in=2.3 if alone else scene.height_in)
         drawing.draw_lines(axes, lines, named=not alone)
@@ -262,6 +268,10 @@ def internals(scene: Scene) -> Iterator[Picture]:
         drawing.over_windows(axes, len(scene.record.schedule))
         caption = f"{name}, in the policy's state after the signal of each window."
         yield drawing.finish(drawn, f"policy-{_file_name(name)}", caption)
+
+
+def _is_still(values: NDArray[np.float64]) -> bool:
+    return len(values) > 2 and bool((values == values[0]).all())
 
 
 def influence(scene: Scene) -> Iterator[Picture]:

@@ -176,6 +176,7 @@ def _lead(record: Record, found: dict[str, Any]) -> str:
     parts = [
         f"{found['domains']} domains, {found['catalog_rows']:,} rows of {found['row_tokens']} tokens",
         f"policy {policy}" if policy else "",
+        record.made_from,
         f"begun {_moment(times[0])} UTC" if times else "",
     ]
     return " · ".join(part for part in parts if part)

@@ -71,7 +71,7 @@ def seconds_left(record: Record) -> float | None:
 def _title(record: Record, now: float) -> str:
     policy = record.options.get("policy.kind")
     times = record.times
-    parts = [record.name, record.status, f"policy {policy}" if policy else ""]
+    parts = [record.name, record.status, f"policy {policy}" if policy else "", record.made_from]
     if times:
         parts.append(f"for {span(record.duration_s)}")
         if record.end is None:
@@ -188,7 +188,8 @@ def _evaluation(record: Record) -> list[str]:
         change = loss - number(before.get(name, {}).get("loss"))
         parts.append(f"{name} {loss:.3f}" + (f" ({change:+.3f})" if math.isfinite(change) else ""))
     more = f"   and {len(names) - SHOWN_SETS} more" if len(names) > SHOWN_SETS else ""
-    return [f"evaluation after window {last['window']}", *(f"  {part}" for part in parts), *([more] if more else [])]
+    when = f"after window {last['window']}" if last["window"] >= 0 else "before the first window"
+    return [f"evaluation {when}", *(f"  {part}" for part in parts), *([more] if more else [])]
 
 
 def _events(record: Record) -> list[str]:

@@ -89,14 +89,14 @@ def make_run(
     teller_steps, tokens = geometry.window_steps, 0
     with RunDir(folder) as rundir:
         controller = Controller(
-            ControllerOptions(
-                lag_windows=1, planned_windows=windows, rails=GuardRails(floor=0.1 / domains, max_shift=0.08)
-            ),
+            ControllerOptions(lag_windows=1),
             load_policy("odm", {"form": "paper"}),
             rundir,
             catalog,
             geometry,
             Mixture.natural(catalog),
+            rails=GuardRails(floor=0.1 / domains, max_shift=0.08),
+            planned_windows=windows,
             config=CONFIG.format(windows=windows),
         )
         teller = Teller(folder)
@@ -169,7 +169,7 @@ def _tell_evaluation(teller: Teller, row: Any, window: int, tokens: int) -> None
 def _internals(state: Any, row: Any) -> dict[str, float]:
     values: dict[str, float] = {}
     for key, value in state.items():
-        if value.ndim == 0:
+        if key == "epsilon":
             values[key] = float(value)
         elif value.shape == (len(row.catalog),):
             values |= {

@@ -11,7 +11,7 @@ import pytest
 from mixer.control import drawing
 from mixer.control.course import course_of, internals_of, shown_domains
 from mixer.control.pictures import Scene
-from mixer.control.record import happenings, plain_options, read_record
+from mixer.control.record import happenings, options_of, read_record
 from mixer.control.report import write_report
 from mixer.control.wording import short, span
 from mixer.core.catalog import Catalog, Domain
@@ -304,9 +304,30 @@ def test_names_at_the_ends_of_lines_never_lie_on_one_another():
     np.testing.assert_allclose(drawing.spread(np.array([0.5, 0.5]), 0.1), [0.45, 0.55])
 
 
-def test_options_are_found_by_their_dotted_key():
+def test_options_are_found_by_their_dotted_key_and_secrets_are_not_shown(tmp_path):
     text = "train:\n  windows: 60\n  tokens: null\npolicy:\n  kind: odm\n  inner:\n    x: 'a: b'\nrails: {}\n"
-    assert plain_options(text) == {"train.windows": "60", "policy.kind": "odm", "policy.inner.x": "a: b"}
+    assert options_of(text) == {"train.windows": "60", "policy.kind": "odm", "policy.inner.x": "a: b"}
+    folder = make_run(tmp_path / "run", 2, trained=0)
+    (folder / "run.yaml").write_text(text + "tracker:\n  uri: http://me:hunter2@host\n  api_key: hunter3\n")
+    write_report(folder)
+    page, _, data = read_page(folder)
+    assert "hunter" not in page and "http://***@host" in page
+    assert data["facts"]["windows_planned"] == 60
+
+
+def test_a_replay_and_a_fork_say_what_they_were_made_from(tmp_path):
+    switched(tmp_path / "fork")
+    origin = tmp_path / "fork" / "origin.json"
+    origin.write_text('{"kind": "fork", "source": "/runs/first", "steps": 40, "plain": false, "window": 10}')
+    record = read_record(tmp_path / "fork")
+    assert record.made_from == "fork of /runs/first at step 40"
+    assert record.planned_windows is None
+    scene = Scene.of(record, course_of(record))
+    assert scene.marks() == {10 * GEOMETRY.window_slots * 16.0: "catalog, fork, set"}
+    origin.write_text('{"kind": "replay", "source": "/runs/first", "windows": 20, "stretched": true}')
+    record = read_record(tmp_path / "fork")
+    assert record.made_from == "replay of /runs/first, stretched"
+    assert record.planned_windows == 20
 
 
 def test_numbers_for_people():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixer import cli
-from mixer.control.record import checkpoint_steps, read_record
+from mixer.control.record import read_record
 from mixer.control.tables import cursor_lines, part_of, schedule_lines
 from mixer.core.catalog import Catalog, Domain
 from mixer.core.errors import ConfigError
@@ -158,14 +158,7 @@ def test_the_catalogs(run, schedule, capsys):
     assert web.split()[1:4] == [f"{rows:,}", f"{rows * 64:,}", f"{rows / schedule.catalog.num_rows_d.sum():.2%}"]
 
 
-def test_the_cursor_is_the_newest_whole_checkpoint(run, schedule, tmp_path, capsys):
-    assert checkpoint_steps(tmp_path) is None
-    for steps, text in ((16, "{}"), (64, '{"whole": 1}'), (80, '{"torn'), (96, None)):
-        folder = tmp_path / "checkpoints" / f"{steps:09d}"
-        folder.mkdir(parents=True)
-        if text is not None:
-            (folder / "checkpoint.json").write_text(text)
-    assert checkpoint_steps(tmp_path) == 64
+def test_the_cursor_and_the_window_that_comes_next(run, schedule, capsys):
     lines = cursor_lines(read_record(run), 66)
     assert lines[0] == "newest checkpoint: after step 66, so the next is step 2 of window 16"
     assert lines[1] == "trained so far: 20 windows, 80 steps"
