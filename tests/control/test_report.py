@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixer import cli
 from mixer.control import drawing
 from mixer.control.course import course_of, internals_of, shown_domains
 from mixer.control.pictures import Scene
@@ -19,6 +20,7 @@ from mixer.core.errors import ScheduleError
 from mixer.core.mixture import Mixture
 from mixer.core.schedule import MixtureSchedule
 from tests.control.telling import GEOMETRY, Teller, make_catalog, make_run
+from tests.fakes import make_corpus
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -281,6 +283,23 @@ def test_influence_is_drawn_where_the_journal_has_it(tmp_path):
     record = read_record(folder)
     assert len(record.influence) == 1
     assert "influence-0.png" in {path.name for path in write_report(folder)}
+
+
+def test_the_verb_writes_the_report_and_names_the_corpus(tmp_path, capsys):
+    corpus = make_corpus(tmp_path / "corpus", {"code": 40, "web": 70})
+    schedule = MixtureSchedule(corpus.catalog, GEOMETRY).extend(Mixture.uniform(corpus.catalog), 2)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "schedule.jsonl").write_text(schedule.to_text())
+    (run / "run.yaml").write_text(f"corpus:\n  path: {tmp_path / 'corpus'}\n")
+    assert cli.main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report' / 'report.html'} and 3 pictures beside it\n"
+    _, reading, data = read_page(run)
+    assert data["facts"]["corpus"] == corpus.fingerprint == reading.line("corpus")[1]
+    assert data["facts"]["catalog"] == corpus.catalog.fingerprint == reading.line("catalog")[1]
+    (run / "run.yaml").write_text("corpus:\n  path: /nowhere\n")
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_internals_are_split_by_name_and_domain(run):
