@@ -9,13 +9,14 @@ from pathlib import Path
 from jobs.corpus import add_storage, storage_of
 from mixer import cli
 from mixer.config import load
-from mixer.control.record import Record, checkpoint_steps, read_record
+from mixer.control.record import Record, read_record
 from mixer.control.tables import catalog_lines, cursor_lines, part_of, schedule_lines, schedule_values, table
 from mixer.core.errors import ConfigError, MixerError
 from mixer.data import provenance
 from mixer.data.catalogs import open_catalog
 from mixer.data.corpus import CatalogRows, Corpus
 from mixer.run import RunConfig, open_rows
+from mixer.training.checkpoint_folder import find
 
 WIDE = 120
 
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     elif args.verb == "catalog":
         print("\n".join(catalog_lines(record.schedule)))
     else:
-        print("\n".join(cursor_lines(record, checkpoint_steps(record.folder))))
+        newest = find(record.folder / "checkpoints")
+        print("\n".join(cursor_lines(record, int(newest.name) if newest else None)))
     return 0
 
 

@@ -37,7 +37,7 @@ class Course:
     apart_bd: Floats  # shares summed less rows given, after the point
     apart_low_b: Floats  # over all domains and windows of the point
     apart_high_b: Floats
-    lag_b: Ints  # the largest
+    lag_b: Floats  # the largest; NaN where no mixture depends on a signal
     loss_sum_bd: Floats
     loss_tokens_bd: Floats
     speed_b: Floats
@@ -56,6 +56,11 @@ class Course:
     def after_b(self) -> Floats:
         """Tokens after each point."""
         return self.tokens_e[1:]
+
+    @property
+    def differing_rows(self) -> int:
+        """Rows that the journal says were trained and the schedule did not plan, or the reverse, by domain."""
+        return int(np.abs(self.trained_d - self.planned_d).sum())
 
     @property
     def loss_bd(self) -> Floats:
@@ -128,7 +133,7 @@ class _Tally:
         self.weights_bd, self.loss_bd, self.tokens_bd = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         self.passes_bd, self.apart_bd = np.full(shape, np.nan), np.full(shape, np.nan)
         self.apart_low_b, self.apart_high_b = np.zeros(points), np.zeros(points)
-        self.lag_b = np.zeros(points, dtype=np.int64)
+        self.lag_b = np.full(points, np.nan)
         self.given_d, self.trained_d, self.planned_d, self.bad_d = (
             np.zeros(len(names), dtype=np.int64) for _ in range(4)
         )
@@ -151,7 +156,8 @@ class _Tally:
         self.apart_bd[b, place_d] = apart_d
         self.apart_low_b[b] = min(self.apart_low_b[b], apart_d.min())
         self.apart_high_b[b] = max(self.apart_high_b[b], apart_d.max())
-        self.lag_b[b] = max(self.lag_b[b], row.window - 1 - row.signals_through)
+        if row.signals_through >= 0:
+            self.lag_b[b] = np.nanmax([self.lag_b[b], row.window - 1 - row.signals_through])
         self.given_d[place_d] += row.counts_d
 
     def trained(self, row: Any) -> None:

@@ -153,7 +153,8 @@ def draw_lines(axes: Axes, lines: Sequence[Line], *, named: bool = True, from_ze
             color=line.look.colour,
             linestyle=line.look.line,
             marker="o" if marked else None,
-            markersize=2.4,
+            markersize=2.6,
+            clip_on=not marked,
         )
     if from_zero:
         axes.set_ylim(bottom=0)
@@ -179,8 +180,8 @@ def draw_bands(
             edgecolor=GROUND,
             linewidth=0.35,
         )
-        if top[-1, i] > base[-1, i]:
-            ends.append((name, float(base[-1, i] + top[-1, i]) / 2, look[i]))
+        gone = not np.isfinite(share_bs[-1, i])
+        ends.append((f"{name} (gone)" if gone else name, float(base[-1, i] + top[-1, i]) / 2, look[i]))
     axes.set_ylim(0, 1)
     axes.set_xlim(edge_e[0], edge_e[-1])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
@@ -236,13 +237,16 @@ def spread(wanted: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
 
 def mark_times(axes: Axes, marks: Mapping[float, str]) -> None:
     """Thin lines where something happened, with a word at the top."""
+    left, right = axes.get_xlim()
     for x, word in marks.items():
+        late = x > left + 0.75 * (right - left)
         axes.axvline(x, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
         axes.annotate(
             word,
             (x, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(2, -2),
+            xytext=(-2 if late else 2, -2),
+            ha="right" if late else "left",
             textcoords="offset points",
             fontsize=6.5,
             va="top",
@@ -260,5 +264,5 @@ def over_tokens(axes: Axes, label: str, end: float) -> None:
 
 def over_windows(axes: Axes, end: int) -> None:
     axes.set_xlim(-0.5, max(end, 1) - 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.set_xlabel("window")

@@ -17,6 +17,7 @@ from mixer.control.wording import short, shorten
 
 MOST_INTERNALS = 12
 MOST_MAPS = 4
+MOST_MARKS = 12  # more would cover the picture
 INK_LOOK = Look(INK, "-", "")
 REST_LOOK = Look(REST, "-", "")
 
@@ -68,15 +69,21 @@ class Scene:
         return [Line(self.rest_name, x, rest, REST_LOOK), *lines] if rest is not None and self.rest else lines
 
     def marks(self) -> dict[float, str]:
-        """Where the catalog was switched, or somebody gave an order."""
-        schedule, course = self.record.schedule, self.course
-        marks = {course.tokens_e[window // course.stride]: "catalog" for window in schedule.switches}
+        """Where the catalog was switched, the run was forked off, or somebody gave an order."""
+        schedule, course, origin = self.record.schedule, self.course, self.record.origin
+        found = [(window, "catalog") for window in schedule.switches]
+        if origin.get("kind") == "fork" and 0 < int(origin["window"]) < len(schedule):
+            found.append((int(origin["window"]), "fork"))
         before = ""
         for row in schedule:
             if row.reason != before and row.reason.startswith(("set:", "paused:")):
-                marks[course.tokens_e[row.window // course.stride]] = row.reason.partition(":")[0]
+                found.append((row.window, row.reason.partition(":")[0]))
             before = row.reason
-        return marks if len(marks) <= 12 else {}
+        marks: dict[float, str] = {}
+        for window, word in found:
+            x = float(course.tokens_e[window // course.stride])
+            marks[x] = f"{marks[x]}, {word}" if x in marks else word
+        return marks if len(marks) <= MOST_MARKS else {}
 
 
 def draw(record: Record, course: Course) -> list[Picture]:
@@ -207,22 +214,25 @@ def asked_and_given(scene: Scene) -> Iterator[Picture]:
     drawn, (axes,) = drawing.figure(height_in=2.5)
     x = course.after_b
     axes.fill_between(x, course.apart_low_b, course.apart_high_b, color=drawing.COLOURS[4], alpha=0.35, linewidth=0)
-    axes.plot(x, course.apart_high_b, color=drawing.COLOURS[0], linewidth=1.0)
-    axes.plot(x, course.apart_low_b, color=drawing.COLOURS[0], linewidth=1.0)
+    for edge_b in (course.apart_low_b, course.apart_high_b):
+        drawing.draw_lines(axes, [Line("", x, edge_b, Look(drawing.COLOURS[0], "-", ""))], named=False)
     for limit in (-1, 1):
         axes.axhline(limit, color=drawing.COLOURS[5], linewidth=1.0, linestyle=(0, (4, 2)))
     axes.set_ylim(-1.25, 1.25)
     drawing.entitle(axes, f"Asked less given: at most {course.largest_apart:.2f} rows apart", "rows")
     scene.over_tokens(axes)
-    yield drawing.finish(
-        drawn,
-        "asked-given",
-        "The bounds within which every domain's sum of shares lies from its rows; one row (dashed) is the promise.",
+    caption = (
+        "The bounds within which every domain's sum of shares lies from its rows; one row (dashed) is the promise."
     )
+    if scene.record.windows:
+        caption += f" Of {course.trained_d.sum():,} rows trained, {course.differing_rows:,} are not as planned."
+    yield drawing.finish(drawn, "asked-given", caption)
 
 
 def lag(scene: Scene) -> Iterator[Picture]:
     course, record = scene.course, scene.record
+    if not np.isfinite(course.lag_b).any():
+        return
     drawn, (axes,) = drawing.figure(height_in=2.2)
     edge = np.append(0, course.last_b + 1) - 0.5
     axes.stairs(course.lag_b, edge, color=drawing.COLOURS[0], linewidth=1.4, baseline=None)
@@ -231,7 +241,7 @@ def lag(scene: Scene) -> Iterator[Picture]:
         axes.plot(held, np.zeros(len(held)), "x", color=drawing.COLOURS[5], markersize=4, clip_on=False)
         axes.annotate(f"× held ({len(held)})", (1.0, 1.0), xycoords="axes fraction", ha="right", va="bottom",
                       fontsize=7, color=SOFT)  # fmt: skip
-    axes.set_ylim(0, max(int(course.lag_b.max()), 1) + 0.5)
+    axes.set_ylim(0, max(float(np.nanmax(course.lag_b)), 1.0) + 0.5)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     drawing.entitle(axes, "Lag", "windows")
     drawing.over_windows(axes, len(scene.record.schedule))
@@ -249,8 +259,8 @@ def internals(scene: Scene) -> Iterator[Picture]:
             for domain in sorted(series, key=lambda one: one or "")
             if domain is None or domain in index
         ]
-        if not any(np.isfinite(line.y).any() for line in lines):
-            continue
+        if not any(np.isfinite(line.y).any() for line in lines) or all(_is_still(line.y) for line in lines):
+            continue  # nothing that ever moved
         alone = len(lines) == 1 and lines[0].name == name
         drawn, (axes,) = drawing.figure(height_in=2.3 if alone else scene.height_in)
         drawing.draw_lines(axes, lines, named=not alone)
@@ -260,18 +270,25 @@ def internals(scene: Scene) -> Iterator[Picture]:
         yield drawing.finish(drawn, f"policy-{_file_name(name)}", caption)
 
 
+def _is_still(values: NDArray[np.float64]) -> bool:
+    return len(values) > 2 and bool((values == values[0]).all())
+
+
 def influence(scene: Scene) -> Iterator[Picture]:
     maps = [one for one in scene.record.influence if one.get("targets") and one.get("matrix")]
     if not maps:
         return
     chosen = sorted({round(i * (len(maps) - 1) / max(1, MOST_MAPS - 1)) for i in range(MOST_MAPS)})
+    most = max(
+        (abs(v) for i in chosen for line in maps[i]["matrix"].values() for v in line if v is not None), default=0
+    )
+    most = float(most) or 1.0  # one scale for all, so that they can be compared
     for number, one in enumerate(maps[i] for i in chosen):
         names = [name for name in (scene.names if scene.rest else scene.course.names) if name in one["matrix"]]
         targets = [str(target) for target in one["targets"]]
         value_dt = np.array([[np.nan if v is None else float(v) for v in one["matrix"][name]] for name in names])
         if not np.isfinite(value_dt).any():
             continue
-        most = float(np.nanmax(np.abs(value_dt))) or 1.0
         drawn, (axes,) = drawing.figure(height_in=max(2.4, 1.0 + 0.17 * len(names)))
         mesh = axes.pcolormesh(value_dt, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors=GROUND, linewidth=0.5)
         axes.set_xticks(np.arange(len(targets)) + 0.5, [shorten(target) for target in targets], rotation=30,
@@ -323,6 +340,7 @@ def optimizer(scene: Scene) -> Iterator[Picture]:
     rate = Line("", course.after_b, course.rate_b, Look(drawing.COLOURS[2], "-", ""))
     drawing.draw_lines(axes[0], [rate], named=False)
     axes[0].set_ylim(bottom=0)
+    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     drawing.entitle(axes[0], "Learning rate")
     if has_norm:
         norm = Line("", course.after_b, course.grad_norm_b, Look(drawing.COLOURS[6], "-", ""))

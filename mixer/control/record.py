@@ -5,7 +5,6 @@ have windows that were trained elsewhere. What is missing is empty here, never a
 a record too.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
+from mixer.control.description import flat, redacted
 from mixer.control.journal import read_journal
+from mixer.control.rundir import load_origin
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ScheduleError
 from mixer.core.plan import Geometry
 from mixer.core.schedule import MixtureSchedule, read, unpack_d
 
 FAULTS = ("restart", "preemption")  # events after which a run has to come back
-CHECKPOINT = "checkpoint.json"  # written last: with it a checkpoint is whole
 ENDS = ("finished", "stopped")
 
 
@@ -32,7 +33,9 @@ class Record:
 
     folder: Path
     schedule: MixtureSchedule
-    config: str = ""  # the text of run.yaml
+    config: str = ""  # the text of run.yaml, without secrets
+    options: dict[str, str] = field(default_factory=dict[str, str])  # those of it that say something, by dotted key
+    origin: dict[str, Any] = field(default_factory=dict[str, Any])  # what it was made from, if a replay or a fork
     is_live: bool = False  # a process says that it can be reached
     windows: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
     policy: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
@@ -49,19 +52,27 @@ class Record:
         return self.schedule.geometry
 
     @property
-    def options(self) -> dict[str, str]:
-        return plain_options(self.config)
-
-    @property
     def planned_windows(self) -> int | None:
         """How many windows the run is to have, as its config says."""
         options, geometry = self.options, self.geometry
-        for key in ("controller.planned_windows", "train.windows"):
-            if (number := whole(options.get(key))) is not None:
-                return number
+        if (windows := whole(options.get("train.windows"))) is not None:
+            return windows
         if (tokens := whole(options.get("train.tokens"))) is not None:
             return max(1, math.ceil(tokens / (geometry.window_slots * self.schedule.catalog.row_tokens)))
-        return None
+        return len(self.schedule) if self.origin.get("kind") == "replay" else None
+
+    @property
+    def made_from(self) -> str:
+        """What it is a replay or a fork of; empty for a run of its own."""
+        kind, source = self.origin.get("kind"), str(self.origin.get("source", ""))
+        if not kind:
+            return ""
+        steps = self.origin.get("steps")
+        return (
+            f"{kind} of {source}"
+            + (f" at step {steps}" if steps is not None else "")
+            + (", stretched" if self.origin.get("stretched") else "")
+        )
 
     @property
     def trained_windows(self) -> int:
@@ -143,7 +154,9 @@ class Follower:
         told = journal.stat().st_size if not self._alone and journal.is_file() else 0
         if self._record is None or told < self._told:  # another journal than before
             self._size, self._told = -1, 0
-            self._record = Record(self._path, self._schedule(), self._config())
+            config = self._config()
+            self._record = Record(self._path, self._schedule(), redacted(config), options_of(config))
+            self._record.origin = {} if self._alone else load_origin(self._path) or {}
         elif self._file.stat().st_size != self._size:
             self._record.schedule = self._schedule()
         record = self._record
@@ -194,24 +207,13 @@ def whole(text: str | None) -> int | None:
     return int(text) if text is not None and text.lstrip("-").isdigit() else None
 
 
-def plain_options(text: str) -> dict[str, str]:
-    """The scalar options of a run.yaml by dotted key, as text; for showing, `mixer.config` reads it in earnest."""
-    options: dict[str, str] = {}
-    path: list[tuple[int, str]] = []  # indentation and key of the mappings we are in
-    for line in text.splitlines():
-        body = line.strip()
-        key, mark, value = body.partition(":")
-        if not mark or body.startswith(("#", "-")):
-            continue
-        indent = len(line) - len(line.lstrip())
-        while path and path[-1][0] >= indent:
-            path.pop()
-        value = value.strip()
-        if value and value not in ("{}", "[]", "null"):
-            options[".".join([*(name for _, name in path), key.strip("'\"")])] = value.strip("'\"")
-        elif not value:
-            path.append((indent, key.strip("'\"")))
-    return options
+def options_of(config: str) -> dict[str, str]:
+    """The options of a run.yaml by dotted key, as text and without secrets; `mixer.config` reads it in earnest."""
+    try:
+        found = flat(yaml.safe_load(config) or {})
+    except yaml.YAMLError:
+        return {}
+    return {key: text for key, text in found.items() if text not in ("null", "{}", "[]", "")}
 
 
 def happenings(record: Record) -> list[dict[str, Any]]:
@@ -254,18 +256,6 @@ def _stretch(begin: int, end: int, reason: str) -> Iterator[tuple[int, str, str]
         yield begin, "held", f"the mixture was held for {end - begin} windows"
     elif reason.startswith(("set:", "paused:", "resumed:")):
         yield begin, "order", reason + (f" ({end - begin} windows)" if end - begin > 1 else "")
-
-
-def checkpoint_steps(folder: Path) -> int | None:
-    """After how many steps the newest checkpoint was taken; one that is not whole does not count."""
-    found = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit() and len(path.name) >= 9]
-    for path in sorted(found, key=lambda path: int(path.name), reverse=True):
-        try:
-            json.loads((path / CHECKPOINT).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        return int(path.name)
-    return None
 
 
 def catalogs_of(schedule: MixtureSchedule) -> list[tuple[int, Catalog]]:

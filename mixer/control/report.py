@@ -26,6 +26,7 @@ from mixer.control.record import Record, happenings, number, read_record
 from mixer.control.wording import short, span
 
 MOST_EVENTS = 400
+MOST_DOMAINS = 300  # in the table; the JSON has as many
 CONFIG_KEYS = ("policy", "model", "optimizer", "step", "controller", "rails", "train", "evaluation")
 SHOWN_OPTIONS = 24
 
@@ -74,7 +75,7 @@ def facts(record: Record, course: Course, *, corpus: str | None = None) -> dict[
         "bad_rows": int(course.bad_d.sum()),
         "skipped_steps": sum(int(one.get("skipped_steps") or 0) for one in trained),
         "largest_distance_rows": course.largest_apart,
-        "rows_trained_differ_from_plan": int(np.abs(course.trained_d - course.planned_d).sum()),
+        "rows_trained_differ_from_plan": course.differing_rows if trained else None,
         "catalog": catalog.fingerprint,
         "corpus": corpus,
         "domains": len(catalog),
@@ -141,12 +142,16 @@ def _end(values: np.ndarray, place: int) -> float | None:
 def page(record: Record, course: Course, pictures: Sequence[Picture], *, corpus: str | None = None) -> str:
     found = facts(record, course, corpus=corpus)
     domain_list, set_list = domains(record, course), sets(record)
+    left = len(domain_list) - MOST_DOMAINS
+    if left > 0:
+        kept = sorted(domain_list, key=lambda one: -one["rows_given"])[:MOST_DOMAINS]
+        domain_list = sorted(kept, key=lambda one: one["domain"])
     data = {"facts": found, "domains": domain_list, "sets": set_list}
     sections = [
         "".join(_tile(name, value) for name, value in _tiles(found)),
         "".join(_picture(picture) for picture in pictures)
         or "<p class='none'>No window was decided yet, so there is nothing to draw.</p>",
-        _domain_table(domain_list),
+        _domain_table(domain_list, left),
         _set_table(set_list),
         _events(record),
         _config(record, found),
@@ -171,17 +176,21 @@ def _lead(record: Record, found: dict[str, Any]) -> str:
     parts = [
         f"{found['domains']} domains, {found['catalog_rows']:,} rows of {found['row_tokens']} tokens",
         f"policy {policy}" if policy else "",
-        f"begun {_moment(times[0])}" if times else "",
+        record.made_from,
+        f"begun {_moment(times[0])} UTC" if times else "",
     ]
     return " · ".join(part for part in parts if part)
 
 
 def _tiles(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
     planned = found["windows_planned"]
-    yield "tokens trained", short(found["tokens"]) if found["windows_trained"] else "–"
-    of = f" of {planned:,}" if planned else f", {found['windows_decided']:,} decided"
-    yield "windows trained", f"{found['windows_trained']:,}{of}"
-    yield "duration", span(found["duration_s"]) if found["duration_s"] else "–"
+    if found["windows_trained"]:
+        yield "tokens trained", short(found["tokens"])
+    if found["windows_trained"]:
+        yield "windows trained", f"{found['windows_trained']:,}" + (f" of {planned:,}" if planned else "")
+    yield "windows decided", f"{found['windows_decided']:,}"
+    if found["duration_s"]:
+        yield "duration", span(found["duration_s"])
     if found["tokens_per_s"] is not None:
         yield "tokens a second", short(found["tokens_per_s"])
     if found["data_wait_share"] is not None:
@@ -189,7 +198,7 @@ def _tiles(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if found["last_loss"] is not None:
         yield "last training loss", f"{found['last_loss']:.3f}"
     yield "farthest from asked", f"{found['largest_distance_rows']:.2f} rows"
-    yield "faults survived", f"{found['faults_survived']} of {found['faults']}"
+    yield "faults survived", f"{found['faults_survived']} of {found['faults']}" if found["faults"] else "no fault"
     if found["windows_held"]:
         yield "windows held", f"{found['windows_held']:,}"
     if found["bad_rows"]:
@@ -218,7 +227,7 @@ def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], *, text: int = 
     return f"<div class='wide'><table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>"
 
 
-def _domain_table(found: list[dict[str, Any]]) -> str:
+def _domain_table(found: list[dict[str, Any]], left: int) -> str:
     heads = ["domain", "rows", "first weight", "last weight", "rows given", "share", "passes", "apart", "bad rows",
              "first loss", "last loss"]  # fmt: skip
     lines = [
@@ -237,7 +246,10 @@ def _domain_table(found: list[dict[str, Any]]) -> str:
         ]
         for one in found
     ]
-    return _table(heads, lines)
+    note = (
+        f"<p class='none'>The {len(found)} that gave most rows; {left:,} others are left out.</p>" if left > 0 else ""
+    )
+    return note + _table(heads, lines)
 
 
 def _set_table(found: list[dict[str, Any]]) -> str:
@@ -274,7 +286,7 @@ def _config(record: Record, found: dict[str, Any]) -> str:
     lines = [[key.replace("_", " "), str(found[key])] for key in keys if found[key] is not None]
     options = [item for item in record.options.items() if item[0].partition(".")[0] in CONFIG_KEYS]
     lines += [[key, value] for key, value in options[:SHOWN_OPTIONS]]
-    text = _table(["", ""], lines, text=2)
+    text = _table(["option", "value"], lines, text=2)
     if record.config:
         text += f"<details><summary>run.yaml</summary><pre>{html.escape(record.config)}</pre></details>"
     return text

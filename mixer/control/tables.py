@@ -65,7 +65,7 @@ def schedule_lines(schedule: MixtureSchedule, windows: range | None = None, widt
         if shown != names:
             rest = math.fsum(weight for name, weight in weights.items() if name not in shown)
             cells.append(f"{100 * rest:.2f}%")
-        lag = str(row.window - 1 - row.signals_through)
+        lag = "–" if row.signals_through < 0 else str(row.window - 1 - row.signals_through)
         lines.append([str(row.window), shorten(row.reason, reason), lag, *cells])
     notes = [
         f"from window {window}: another catalog, {catalog.fingerprint[:12]}"
@@ -86,7 +86,7 @@ def schedule_values(schedule: MixtureSchedule, windows: range | None = None) -> 
             "window": window,
             "reason": row.reason,
             "signals_through": row.signals_through,
-            "lag": window - 1 - row.signals_through,
+            "lag": None if row.signals_through < 0 else window - 1 - row.signals_through,
             "catalog": row.catalog.fingerprint,
             "weights": dict(zip(names, row.weights_d.tolist(), strict=True)),
             "counts": dict(zip(names, row.counts_d.tolist(), strict=True)),

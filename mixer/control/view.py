@@ -71,7 +71,7 @@ def seconds_left(record: Record) -> float | None:
 def _title(record: Record, now: float) -> str:
     policy = record.options.get("policy.kind")
     times = record.times
-    parts = [record.name, record.status, f"policy {policy}" if policy else ""]
+    parts = [record.name, record.status, f"policy {policy}" if policy else "", record.made_from]
     if times:
         parts.append(f"for {span(record.duration_s)}")
         if record.end is None:
@@ -103,7 +103,7 @@ def _numbers(record: Record) -> list[str]:
             f"grad {number(last.get('grad_norm')):.3g}",
             f"workers {last['world_size']}" if last.get("world_size") else "",
         ]
-    if (row := record.schedule.last) is not None:
+    if (row := record.schedule.last) is not None and row.signals_through >= 0:
         parts.append(f"lag {row.window - 1 - row.signals_through}")
     if record.faults:
         parts.append(f"faults survived {record.faults_survived} of {len(record.faults)}")
@@ -188,7 +188,8 @@ def _evaluation(record: Record) -> list[str]:
         change = loss - number(before.get(name, {}).get("loss"))
         parts.append(f"{name} {loss:.3f}" + (f" ({change:+.3f})" if math.isfinite(change) else ""))
     more = f"   and {len(names) - SHOWN_SETS} more" if len(names) > SHOWN_SETS else ""
-    return [f"evaluation after window {last['window']}", *(f"  {part}" for part in parts), *([more] if more else [])]
+    when = f"after window {last['window']}" if last["window"] >= 0 else "before the first window"
+    return [f"evaluation {when}", *(f"  {part}" for part in parts), *([more] if more else [])]
 
 
 def _events(record: Record) -> list[str]:

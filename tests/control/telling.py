@@ -169,7 +169,7 @@ def _tell_evaluation(teller: Teller, row: Any, window: int, tokens: int) -> None
 def _internals(state: Any, row: Any) -> dict[str, float]:
     values: dict[str, float] = {}
     for key, value in state.items():
-        if value.ndim == 0:
+        if key == "epsilon":
             values[key] = float(value)
         elif value.shape == (len(row.catalog),):
             values |= {

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixer import cli
 from mixer.control import drawing
 from mixer.control.course import course_of, internals_of, shown_domains
 from mixer.control.pictures import Scene
-from mixer.control.record import happenings, plain_options, read_record
+from mixer.control.record import happenings, options_of, read_record
 from mixer.control.report import write_report
 from mixer.control.wording import short, span
 from mixer.core.catalog import Catalog, Domain
@@ -19,6 +20,7 @@ from mixer.core.errors import ScheduleError
 from mixer.core.mixture import Mixture
 from mixer.core.schedule import MixtureSchedule
 from tests.control.telling import GEOMETRY, Teller, make_catalog, make_run
+from tests.fakes import make_corpus
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -267,7 +269,8 @@ def test_points_of_several_windows_keep_sums(tmp_path):
     assert coarse.tokens_e.tolist() == [*fine.tokens_e[:44:5], fine.tokens_e[44]]
     assert coarse.largest_apart == fine.largest_apart
     np.testing.assert_array_equal(coarse.passes_bd[-1], fine.passes_bd[-1])
-    assert coarse.lag_b.max() == 1
+    assert np.nanmax(coarse.lag_b) == 1
+    assert np.isnan(fine.lag_b[:2]).all() and (fine.lag_b[2:] == 1).all()
 
 
 def test_influence_is_drawn_where_the_journal_has_it(tmp_path):
@@ -280,6 +283,23 @@ def test_influence_is_drawn_where_the_journal_has_it(tmp_path):
     record = read_record(folder)
     assert len(record.influence) == 1
     assert "influence-0.png" in {path.name for path in write_report(folder)}
+
+
+def test_the_verb_writes_the_report_and_names_the_corpus(tmp_path, capsys):
+    corpus = make_corpus(tmp_path / "corpus", {"code": 40, "web": 70})
+    schedule = MixtureSchedule(corpus.catalog, GEOMETRY).extend(Mixture.uniform(corpus.catalog), 2)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "schedule.jsonl").write_text(schedule.to_text())
+    (run / "run.yaml").write_text(f"corpus:\n  path: {tmp_path / 'corpus'}\n")
+    assert cli.main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report' / 'report.html'} and 3 pictures beside it\n"
+    _, reading, data = read_page(run)
+    assert data["facts"]["corpus"] == corpus.fingerprint == reading.line("corpus")[1]
+    assert data["facts"]["catalog"] == corpus.catalog.fingerprint == reading.line("catalog")[1]
+    (run / "run.yaml").write_text("corpus:\n  path: /nowhere\n")
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_internals_are_split_by_name_and_domain(run):
@@ -303,9 +323,30 @@ def test_names_at_the_ends_of_lines_never_lie_on_one_another():
     np.testing.assert_allclose(drawing.spread(np.array([0.5, 0.5]), 0.1), [0.45, 0.55])
 
 
-def test_options_are_found_by_their_dotted_key():
+def test_options_are_found_by_their_dotted_key_and_secrets_are_not_shown(tmp_path):
     text = "train:\n  windows: 60\n  tokens: null\npolicy:\n  kind: odm\n  inner:\n    x: 'a: b'\nrails: {}\n"
-    assert plain_options(text) == {"train.windows": "60", "policy.kind": "odm", "policy.inner.x": "a: b"}
+    assert options_of(text) == {"train.windows": "60", "policy.kind": "odm", "policy.inner.x": "a: b"}
+    folder = make_run(tmp_path / "run", 2, trained=0)
+    (folder / "run.yaml").write_text(text + "tracker:\n  uri: http://me:hunter2@host\n  api_key: hunter3\n")
+    write_report(folder)
+    page, _, data = read_page(folder)
+    assert "hunter" not in page and "http://***@host" in page
+    assert data["facts"]["windows_planned"] == 60
+
+
+def test_a_replay_and_a_fork_say_what_they_were_made_from(tmp_path):
+    switched(tmp_path / "fork")
+    origin = tmp_path / "fork" / "origin.json"
+    origin.write_text('{"kind": "fork", "source": "/runs/first", "steps": 40, "plain": false, "window": 10}')
+    record = read_record(tmp_path / "fork")
+    assert record.made_from == "fork of /runs/first at step 40"
+    assert record.planned_windows is None
+    scene = Scene.of(record, course_of(record))
+    assert scene.marks() == {10 * GEOMETRY.window_slots * 16.0: "catalog, fork, set"}
+    origin.write_text('{"kind": "replay", "source": "/runs/first", "windows": 20, "stretched": true}')
+    record = read_record(tmp_path / "fork")
+    assert record.made_from == "replay of /runs/first, stretched"
+    assert record.planned_windows == 20
 
 
 def test_numbers_for_people():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixer import cli
-from mixer.control.record import checkpoint_steps, read_record
+from mixer.control.record import read_record
 from mixer.control.tables import cursor_lines, part_of, schedule_lines
 from mixer.core.catalog import Catalog, Domain
 from mixer.core.errors import ConfigError
@@ -54,7 +54,8 @@ def test_the_schedule_as_json_is_exact(run, schedule, capsys):
         row = schedule.row(value["window"])
         assert list(value["weights"].values()) == row.weights_d.tolist()
         assert value["counts"] == dict(zip(schedule.catalog.names, row.counts_d.tolist(), strict=True))
-        assert (value["lag"], value["signals_through"]) == (row.window - 1 - row.signals_through, row.signals_through)
+        assert value["signals_through"] == row.signals_through
+        assert value["lag"] == (None if row.window < 2 else 1)
 
 
 def test_a_long_schedule_is_shown_by_some_windows_and_says_so(tmp_path):
@@ -65,8 +66,8 @@ def test_a_long_schedule_is_shown_by_some_windows_and_says_so(tmp_path):
     schedule.extend(Mixture(np.array([0.25, 0.75])), 59)
     lines = schedule_lines(schedule)
     assert len(lines) == 1 + 40 + 2
-    assert lines[1].split() == ["0", "prior", "0", "50.00%", "50.00%", "–"]
-    assert lines[40].split() == ["119", "prior", "119", "25.00%", "–", "75.00%"]
+    assert lines[1].split() == ["0", "prior", "–", "50.00%", "50.00%", "–"]
+    assert lines[40].split() == ["119", "prior", "–", "25.00%", "–", "75.00%"]
     assert lines[41] == f"from window 60: another catalog, {other.fingerprint[:12]}"
     assert lines[42].startswith("40 of 120 windows")
 
@@ -157,14 +158,7 @@ def test_the_catalogs(run, schedule, capsys):
     assert web.split()[1:4] == [f"{rows:,}", f"{rows * 64:,}", f"{rows / schedule.catalog.num_rows_d.sum():.2%}"]
 
 
-def test_the_cursor_is_the_newest_whole_checkpoint(run, schedule, tmp_path, capsys):
-    assert checkpoint_steps(tmp_path) is None
-    for steps, text in ((16, "{}"), (64, '{"whole": 1}'), (80, '{"torn'), (96, None)):
-        folder = tmp_path / "checkpoints" / f"{steps:09d}"
-        folder.mkdir(parents=True)
-        if text is not None:
-            (folder / "checkpoint.json").write_text(text)
-    assert checkpoint_steps(tmp_path) == 64
+def test_the_cursor_and_the_window_that_comes_next(run, schedule, capsys):
     lines = cursor_lines(read_record(run), 66)
     assert lines[0] == "newest checkpoint: after step 66, so the next is step 2 of window 16"
     assert lines[1] == "trained so far: 20 windows, 80 steps"
