@@ -30,7 +30,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEY(_|$)", re.I)
 PATIENCE_S = 60.0  # how long a lost connection is tried again
 RETRY_S = 1.0
-STOP_S = 30.0
+# A job that is asked to end may write its checkpoint; Ray would kill it after three seconds.
+GRACE_S = 110
+GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
+STOP_S = GRACE_S + 10.0
 CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -97,7 +100,7 @@ class Jobs:
 
     def submit(self, order: Order) -> str:
         """Send the parcel and start the job; its id."""
-        runtime_env: dict[str, Any] = {"env_vars": dict(order.env)} if order.env else {}
+        runtime_env: dict[str, Any] = {"env_vars": {GRACE: str(GRACE_S)} | dict(order.env)}
         with tempfile.TemporaryDirectory(prefix="mixer-submit-") as folder:
             if order.parcel.files:
                 order.parcel.write(Path(folder))
