@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -259,12 +260,14 @@ def test_a_token_is_sent_when_it_is_asked_for_and_only_then(serve, tmp_path):
 def test_what_is_no_job_server_or_does_not_answer_is_refused_in_time(serve):
     with pytest.raises(ConfigError, match="answers 200 and is no job server"):
         enter(serve(SomethingElse), {"HOME": "/nowhere"})
+    begun = time.monotonic()
     silent = http.server.HTTPServer(("127.0.0.1", 0), JobServer)  # listens, and is never served
     try:
         with pytest.raises(ConfigError, match=r"cannot be reached: no answer within 0\.2 s"):
             enter(f"http://127.0.0.1:{silent.server_port}", {"HOME": "/nowhere"}, timeout_s=0.2)
     finally:
         silent.server_close()
+    assert time.monotonic() - begun < 5
     with pytest.raises(ConfigError, match="cannot be reached: Connection refused"):
         enter(f"http://127.0.0.1:{silent.server_port}", {"HOME": "/nowhere"})
 
