@@ -193,3 +193,23 @@ class ActorFeed:
             row = ray.get(self._actor.row.remote(window))
             time.sleep(0.005 if row is None else 0)
         return row
+
+
+def stream_processes(root: int) -> list[str]:
+    """The processes below `root` that work for a stream through Ray Data, by name."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                names[int(entry.name)] = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found = []
+    for number, name in names.items():
+        above = number
+        while above not in (0, root):
+            above = parents.get(above, 0)
+        if above and name.startswith(("ray::SplitCoordinator", "ray::ReadWindows")):
+            found.append(name)
+    return found

@@ -1,7 +1,8 @@
 """Controller: signals in, one schedule row per window out. It decides every window once.
 
 Row k is bound when the signal of window k - 1 - lag_windows has been folded, and depends on the signals of windows
-0 .. k-1-lag_windows and on no others, whatever else has arrived. The first lag_windows + 1 rows carry the prior.
+0 .. k-1-lag_windows and on no others, whatever else has arrived. The first lag_windows + 1 rows carry the prior, or
+what the policy says of them if it measures nothing (`NEEDS` is empty) and so has no need to wait.
 Folding a signal and committing its row are one act: policy state and row are durable (see `RunDir.commit`) before
 the row can be read, so a restart finds either both or neither, and asks for the signal again (`next_signal`).
 Signals that came too early wait in memory only: whoever reports keeps a signal until `next_signal` has passed it.
@@ -18,7 +19,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -37,15 +38,15 @@ from mixer.core.signal import Signal
 
 logger = logging.getLogger(__name__)
 
+FORK = "fork"  # the reason of the rows that a fork begins with; the signals of its source decide them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerOptions:
     lag_windows: int = 1
-    planned_windows: int | None = None
     max_mean_loss: float = 100.0  # nats a token; a larger mean cannot be a loss of this model
     max_held: int = 100  # held rows on end, after which the run is stopped
     max_waiting: int = 1000  # early signals kept
-    rails: GuardRails = field(default_factory=GuardRails)
 
     def __post_init__(self) -> None:
         if self.lag_windows < 0 or self.max_held < 1 or self.max_waiting < 0:
@@ -53,8 +54,6 @@ class ControllerOptions:
                 f"lag_windows={self.lag_windows}, max_held={self.max_held}, max_waiting={self.max_waiting}; "
                 "they need to be at least 0, 1 and 0."
             )
-        if self.planned_windows is not None and self.planned_windows < 1:
-            raise ConfigError(f"planned_windows={self.planned_windows}; it needs to be at least 1.")
         if not self.max_mean_loss > 0:
             raise ConfigError(f"max_mean_loss={self.max_mean_loss}; it needs to be above 0.")
 
@@ -65,6 +64,20 @@ class Receipt(Enum):
     FOLDED = "folded"
     WAITING = "waiting"  # for those of the windows before it
     REPEATED = "repeated"  # known already, or of a window that decides nothing any more: nothing changed
+
+
+def unasked(policy: Policy, setting: Setting, window: int) -> NDArray[np.float64]:
+    """What a policy that measures nothing says of a window, before any signal."""
+    zeros = np.zeros(len(setting.catalog), dtype=np.int64)
+    nothing = Signal(
+        window=window,
+        catalog=setting.catalog.fingerprint,
+        loss_sum_d=zeros.astype(np.float64),
+        tokens_d=zeros,
+        rows_d=zeros,
+        bad_rows_d=zeros,
+    )
+    return policy.update(policy.start(replace(setting, first_window=0)), nothing)[1]
 
 
 class Controller:
@@ -79,14 +92,17 @@ class Controller:
         geometry: Geometry,
         prior: Mixture,
         *,
+        rails: GuardRails,
+        planned_windows: int | None = None,
         config: str = "",
     ) -> None:
         """Begin the run of `rundir`, or go on with it where its schedule ends."""
         self.options = options
+        self.planned_windows = planned_windows
         self.counts: Counter[str] = Counter()  # signals by what became of them, and what was wrong
         self._policy = policy
         self._rundir = rundir
-        self._rules = options.rails.bind(catalog, prior)
+        self._rules = rails.bind(catalog, prior)
         self._prior = prior
         self._waiting: dict[int, Signal] = {}
         self._changed = threading.Condition(threading.RLock())
@@ -95,7 +111,7 @@ class Controller:
             prior=prior,
             window_slots=geometry.window_slots,
             first_window=options.lag_windows + 1,
-            planned_windows=options.planned_windows,
+            planned_windows=planned_windows,
         )
         if rundir.is_begun:
             rundir.schedule.check_resume(catalog, geometry)
@@ -109,11 +125,27 @@ class Controller:
         self._state = found[1] if found else policy.start(setting)
         with self._changed:
             while self.next_window <= options.lag_windows and not self.is_complete:
-                self._commit(self._state, self._prior, reason="prior")
+                if policy.NEEDS:
+                    self._commit(self._state, self._prior, reason="prior")
+                else:
+                    self._commit(self._state, unasked(policy, setting, self.next_window), reason="policy")
 
     def _check_lag(self) -> None:
         last, lag = self._rundir.schedule.last, self.options.lag_windows
-        if last is not None and last.signals_through != max(last.window - 1 - lag, -1):
+        origin = self._rundir.origin() or {}
+        if origin.get("kind") == "replay":  # nothing is decided here, whatever the lag
+            if self.planned_windows != self.next_window:
+                raise ResumeError(
+                    f"resume refused: {self._rundir.path} repeats a schedule of {self.next_window} windows, this "
+                    f"config plans {self.planned_windows}. Plan as many, or fork the run."
+                )
+        elif last is not None and last.reason == FORK:
+            if lag != (found := origin.get("lag_windows")):
+                raise ResumeError(
+                    f"resume refused: the run was forked with lag_windows={found}, this config has {lag}. "
+                    "Use the run's lag."
+                )
+        elif last is not None and last.signals_through != max(last.window - 1 - lag, -1):
             raise ResumeError(
                 f"resume refused: window {last.window} of the run depends on signals through {last.signals_through}, "
                 f"lag_windows={lag} would make it {max(last.window - 1 - lag, -1)}. Use the run's lag."
@@ -133,13 +165,13 @@ class Controller:
 
     @property
     def is_complete(self) -> bool:
-        planned = self.options.planned_windows
+        planned = self.planned_windows
         return planned is not None and self.next_window >= planned
 
     def row_or_none(self, window: int) -> ScheduleRow | None:
         """The window's row, or None as long as it is not decided."""
         with self._changed:
-            planned = self.options.planned_windows
+            planned = self.planned_windows
             if window < 0 or (planned is not None and window >= max(planned, self.next_window)):
                 raise ScheduleError(f"window {window} is not planned; the run has windows 0 to {(planned or 0) - 1}.")
             return self._rundir.schedule.row(window) if window < self.next_window else None
@@ -247,7 +279,7 @@ class Controller:
     def _give(self, order: dict[str, Any], window: int | None) -> int:
         with self._changed:
             window = self.next_window if window is None else window
-            planned = self.options.planned_windows
+            planned = self.planned_windows
             if window < self.next_window or (planned is not None and window >= planned):
                 end = "on" if planned is None else f"to {planned - 1}"
                 raise ScheduleError(
@@ -293,7 +325,7 @@ class Controller:
         self._changed.notify_all()
 
     def _slots_left(self, window: int, geometry: Geometry) -> int | None:
-        planned = self.options.planned_windows
+        planned = self.planned_windows
         return None if planned is None else max(planned - window, 1) * geometry.window_slots
 
     def _last_mixture(self) -> Mixture:

@@ -6,6 +6,7 @@
     schedule.jsonl            one line a window, appended and synced; only whole lines are believed
     policy/<window>.npz       the policy's state after the decision of that window
     orders.json               what people asked for: weights, pauses
+    origin.json               the run it was made from, if it is a replay or a fork (see those modules)
     owner.json, *.lock        the fence, see `mixer.control.fence`
 
 The order of a commit is: policy state, then catalog if new, then the line, each durable before the next; the
@@ -22,15 +23,17 @@ import io
 import json
 import logging
 import os
+import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mixer.control.fence import Fence, write_all, write_whole
+from mixer.control.fence import Fence, sync_folder, write_all, write_whole
 from mixer.core import schedule as schedules
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ConfigError, ResumeError, ScheduleError
@@ -76,17 +79,42 @@ class RunDir:
     def is_begun(self) -> bool:
         return self._schedule is not None
 
-    def begin(self, catalog: Catalog, geometry: Geometry, config: str = "") -> None:
-        """Start a run here; the schedule's header, written last, makes it one. A begun run is never begun again."""
+    def begin(
+        self,
+        catalog: Catalog,
+        geometry: Geometry,
+        config: str = "",
+        *,
+        schedule: MixtureSchedule | None = None,
+        state: State | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Start a run here; the schedule, written last, makes it one. A begun run is never begun again.
+
+        With `schedule` its rows are decided from the start; `state` is the policy's after them.
+        """
         if self._schedule is not None:
             raise ResumeError(f"{self.path} holds a run of {len(self._schedule)} windows. Resume it, or name another.")
-        begun = MixtureSchedule(catalog, geometry)
-        writer = LineWriter.begin(begun)
+        given = MixtureSchedule(catalog, geometry) if schedule is None else schedule
+        assert given.catalog == catalog and given.geometry == geometry
+        text = given.to_text().encode()
         with self._writing("the start of the run"):
             write_whole(self.path / "run.yaml", config.encode())
             write_whole(self.path / "catalog.json", _catalog_text(catalog))
-            write_whole(self.path / "schedule.jsonl", writer.header.encode())
-        self._schedule, self._writer, self._size = begun, writer, len(writer.header.encode())
+            for switch in given.switches:
+                self._write_catalog(given.row(switch).catalog)
+            if given:
+                write_whole(self._state_path(len(given) - 1), _state_bytes(len(given) - 1, state or {}))
+            if origin is not None:
+                write_whole(self.path / "origin.json", (json.dumps(origin, indent=1) + "\n").encode())
+            else:
+                (self.path / "origin.json").unlink(missing_ok=True)  # of a start that came to nothing
+            write_whole(self.path / "schedule.jsonl", text)
+        begun = schedules.read(text, thorough=False)  # its own, so that nobody else appends to it
+        self._schedule, self._writer, self._size = begun.schedule, begun.writer, begun.size
+
+    def origin(self) -> dict[str, Any] | None:
+        return load_origin(self.path)
 
     def config(self) -> str:
         return (self.path / "run.yaml").read_text("utf-8")
@@ -100,8 +128,7 @@ class RunDir:
         with self._writing(f"window {row.window}"):
             write_whole(self._state_path(row.window), _state_bytes(row.window, state))
             if row.catalog.fingerprint != old.catalog.fingerprint:
-                name = f"{row.catalog.fingerprint}.json"
-                write_whole(self.path / "catalogs" / name, _catalog_text(row.catalog))
+                self._write_catalog(row.catalog)
             self._append(data)
             self._writer, self._size = writer, self._size + len(data)
             schedule.append(row)
@@ -125,13 +152,7 @@ class RunDir:
         )
 
     def orders(self) -> list[dict[str, Any]]:
-        path = self.path / "orders.json"
-        if not path.exists():
-            return []
-        try:
-            return json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ScheduleError(f"{path} cannot be understood: {error}. Restore it from a copy.") from error
+        return load_orders(self.path)
 
     def write_orders(self, orders: list[dict[str, Any]]) -> None:
         with self._writing("orders"):
@@ -145,6 +166,9 @@ class RunDir:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _write_catalog(self, catalog: Catalog) -> None:
+        write_whole(self.path / "catalogs" / f"{catalog.fingerprint}.json", _catalog_text(catalog))
 
     def _state_path(self, window: int) -> Path:
         return self.path / "policy" / f"{window}.npz"
@@ -189,6 +213,61 @@ class RunDir:
         if self._broken:
             raise ScheduleError(f"{self.path} is not written any more: {self._broken}. Free its disk, then resume.")
         return _Writing(self.fence, self.path, what)
+
+
+@contextmanager
+def building(target: Path) -> Generator[RunDir]:
+    """An owned run folder beside the target, which takes its name when all went well and is gone otherwise."""
+    hidden = target.with_name(f".{target.name}.building")
+    if hidden.exists():  # of a process that died, or that is at work: then this is refused
+        with closing(Fence(hidden)):
+            shutil.rmtree(hidden)
+    with RunDir(hidden) as rundir:
+        try:
+            yield rundir
+            sync_folder(hidden)
+            os.rename(hidden, target)
+            sync_folder(target.parent)
+        except OSError as error:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise ScheduleError(
+                f"{target} cannot be made: {error.strerror or error}. Nothing is left of it. Make room or choose "
+                "another place, and try again."
+            ) from error
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+
+
+def load_schedule(source: Path) -> MixtureSchedule:
+    """The schedule of a run folder, or of a schedule file, of which every sum is checked; nothing is written there."""
+    path = source / "schedule.jsonl" if source.is_dir() else source
+    try:
+        return schedules.read(path.read_bytes()).schedule
+    except OSError as error:
+        raise ScheduleError(
+            f"no schedule at {path}: {error.strerror}. Name the folder of a run, or a schedule.jsonl."
+        ) from error
+    except ScheduleError as error:
+        raise ScheduleError(f"{path}: {error}") from error
+
+
+def load_origin(folder: Path) -> dict[str, Any] | None:
+    """What was said of the run that this one was made from; None for a run of its own."""
+    return _load_json(folder / "origin.json", None)
+
+
+def load_orders(folder: Path) -> list[dict[str, Any]]:
+    return _load_json(folder / "orders.json", [])
+
+
+def _load_json(path: Path, otherwise: Any) -> Any:
+    if not path.exists():
+        return otherwise
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ScheduleError(f"{path} cannot be understood: {error}. Restore it from a copy.") from error
 
 
 class _Writing:

@@ -35,3 +35,11 @@ class ResumeError(MixerError):
 
 class SignalError(MixerError):
     """A measurement that does not belong where it was sent, or does not add up."""
+
+
+class CheckpointError(MixerError):
+    """A checkpoint that cannot be written, or may not be loaded into what was given."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is not as it was written; the one before it may still be good."""

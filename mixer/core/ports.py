@@ -35,22 +35,26 @@ class SignalSink(Protocol):
 class Setting:
     """What a policy is told once, at the start of a run.
 
-    The windows before `first_window` (lag_windows + 1) carry the prior; the signal of window j decides window
-    j + `first_window`. So a policy finds how far the run is from the signal's own number, not by counting its
-    calls: a window whose signal was refused is never shown to it, and must not shift a script.
+    The `first_window` (lag_windows + 1) windows from `start_window` on carry the prior; the signal of window j
+    decides window j + `first_window`. So a policy finds how far the run is from the signal's own number, not by
+    counting its calls: a window whose signal was refused is never shown to it, and must not shift a script. A
+    policy that measures nothing is also asked with `first_window` 0, of window j itself.
     """
 
     catalog: Catalog
     prior: Mixture
     window_slots: int
     first_window: int = 1
+    start_window: int = 0  # the first window whose signal the policy is shown: where a fork begins, else 0
     planned_windows: int | None = None  # None: the run ends when somebody ends it
 
     def __post_init__(self) -> None:
-        if self.window_slots < 1 or self.first_window < 1:
+        if self.window_slots < 1 or self.first_window < 0:
             raise ConfigError(
-                f"window_slots={self.window_slots}, first_window={self.first_window}; both need to be at least 1."
+                f"window_slots={self.window_slots}, first_window={self.first_window}; they need to be at least 1 and 0."
             )
+        if self.start_window < 0:
+            raise ConfigError(f"start_window={self.start_window}; it needs to be at least 0.")
         if self.planned_windows is not None and self.planned_windows < 1:
             raise ConfigError(f"planned_windows={self.planned_windows}; it needs to be at least 1.")
         if len(self.prior) != len(self.catalog):

@@ -19,7 +19,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -177,27 +177,50 @@ class MixtureSchedule:
 
     # ---- the same mixtures over another length -------------------------------------------------
 
-    def stretch(self, windows: int, geometry: Geometry | None = None) -> "MixtureSchedule":
-        """The same course of mixtures, by token fraction, over another number of windows or other batches.
+    def stretch(
+        self, windows: int, geometry: Geometry | None = None, catalog: Catalog | None = None
+    ) -> "MixtureSchedule":
+        """The same course of mixtures, by token fraction, over another number of windows, other batches or rows.
 
-        Window j of the new schedule takes the mean of the old weights over the stretch of the run it
-        covers, [j, j + 1) / windows. Only for schedules of one catalog: rows are planned afresh.
+        Window j of the new schedule takes the mean of the old weights over the part of the run it covers,
+        [j, j + 1) / windows; rows are planned afresh. A change of catalog keeps its place, which must be where
+        a new window begins. With `catalog`, of the same names, all rows are that one's.
         """
-        if windows < 1 or not self:
-            raise ScheduleError(f"cannot stretch {len(self)} windows to {windows}. Both must be at least 1.")
-        if any(row.catalog.fingerprint != self.catalog.fingerprint for row in self):
-            raise ScheduleError("cannot stretch a schedule that changes its catalog. Stretch its parts.")
-        stretched = MixtureSchedule(self.catalog, geometry or self.geometry)
         old = len(self)
+        if windows < 1 or not self:
+            raise ScheduleError(f"cannot stretch {old} windows to {windows}. Both must be at least 1.")
+        if catalog is not None and (self.switches or catalog.names != self.row(0).catalog.names):
+            raise ScheduleError(
+                f"cannot stretch to another catalog: the schedule has {len(self.switches)} changes of catalog, and "
+                "its domains and those of the new one must have the same names. Use the schedule's catalogs."
+            )
+        for switch in self.switches:
+            if switch * windows % old:
+                fits = old // math.gcd(old, *self.switches)
+                raise ScheduleError(
+                    f"cannot stretch {old} windows to {windows}: the catalog changes before window {switch}, which "
+                    f"would fall inside window {switch * windows // old}. Use a multiple of {fits} windows."
+                )
+        stretched = MixtureSchedule(catalog or self.catalog, geometry or self.geometry)
         for new in range(windows):
             # In units of 1 / (old * windows) of the run, old window i covers [i, i + 1) * windows.
             begin, end = new * old, (new + 1) * old
-            weights_d = np.zeros(len(self.catalog))
+            first = self.row(begin // windows)
+            weights_d = np.zeros(len(first.catalog))
             for i in range(begin // windows, -(-end // windows)):
                 part = min(end, (i + 1) * windows) - max(begin, i * windows)
                 weights_d += self.row(i).weights_d * (part / old)
-            stretched.extend(Mixture(weights_d), reason="stretched")
+            stretched.extend(Mixture(weights_d), catalog=catalog or first.catalog, reason="stretched")
         return stretched
+
+    def head(self, windows: int) -> "MixtureSchedule":
+        """The first so many windows, as a schedule of their own."""
+        if not 0 <= windows <= len(self):
+            raise ScheduleError(f"the first {windows} windows of a schedule that has {len(self)}. Ask for fewer.")
+        head = MixtureSchedule(self.catalog, self.geometry, self.plan_version)
+        head.switches = [switch for switch in self.switches if switch < windows]
+        head._rows = self._rows[:windows]
+        return head
 
     # ---- text ----------------------------------------------------------------------------------
 
@@ -292,10 +315,10 @@ class LineWriter:
             self.catalog = row.catalog
         value = {
             "window": row.window,
-            "weights": _pack(row.weights_d, row.catalog),
-            "counts": _pack(row.counts_d, row.catalog),
-            "offsets": _pack(row.offsets_d, row.catalog),
-            "carry": _pack(row.carry_d, row.catalog),
+            "weights": pack_d(row.weights_d, row.catalog),
+            "counts": pack_d(row.counts_d, row.catalog),
+            "offsets": pack_d(row.offsets_d, row.catalog),
+            "carry": pack_d(row.carry_d, row.catalog),
             "signals_through": row.signals_through,
             "reason": row.reason,
         }
@@ -372,10 +395,10 @@ def _read_row_1(value: dict[str, Any], catalog: Catalog) -> ScheduleRow:
     return ScheduleRow(
         window=int(value["window"]),
         catalog=catalog,
-        weights_d=_unpack(value["weights"], catalog, np.float64),
-        counts_d=_unpack(value["counts"], catalog, np.int64),
-        offsets_d=_unpack(value["offsets"], catalog, np.int64),
-        carry_d=_unpack(value["carry"], catalog, np.float64),
+        weights_d=unpack_d(value["weights"], catalog, np.float64),
+        counts_d=unpack_d(value["counts"], catalog, np.int64),
+        offsets_d=unpack_d(value["offsets"], catalog, np.int64),
+        carry_d=unpack_d(value["carry"], catalog, np.float64),
         signals_through=int(value["signals_through"]),
         reason=str(value["reason"]),
     )
@@ -437,13 +460,15 @@ def _check_of(body: bytes, check_before: str) -> str:
     return hashlib.blake2b(body, key=check_before.encode(), digest_size=CHECK_HEX // 2).hexdigest()
 
 
-def _pack(values: Floats | Ints, catalog: Catalog) -> dict[str, float | int] | str:
+def pack_d(values: Floats | Ints, catalog: Catalog) -> dict[str, float | int] | str:
+    """Values in catalog order as JSON can hold them, exactly: a mapping by name, or base64 of many."""
     if len(values) <= READABLE_DOMAINS:
         return dict(zip(catalog.names, values.tolist(), strict=True))
     return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
 
 
-def _unpack(value: dict[str, float | int] | str, catalog: Catalog, kind: type[Any]) -> NDArray[Any]:
+def unpack_d(value: Mapping[str, float | int | None] | str, catalog: Catalog, kind: type[Any]) -> NDArray[Any]:
+    """What `pack_d` packed, read-only; a null among floats is NaN. Anything else is a ValueError or TypeError."""
     values: NDArray[Any]
     if isinstance(value, str):
         values = np.frombuffer(base64.b64decode(value, validate=True), dtype=np.dtype(kind).newbyteorder("<"))

@@ -143,9 +143,9 @@ class WindowReader:
         return self._feed
 
     @property
-    def together(self) -> int:
-        """How many windows are planned and located at once."""
-        return self._together
+    def window_bytes(self) -> int:
+        """What this rank's tokens of a window take in the shards' own type."""
+        return self.geometry.window_steps * self.step_bytes
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -215,19 +215,23 @@ class WindowReader:
     def _load(self, window: int, most: int | None = None) -> tuple[RankRows, int]:
         """The rows of this window and, if they are there, of some more; and the window after them."""
         first = self._feed.row(window)
-        if (rows := self._rows.get(first.catalog.fingerprint)) is None:
-            raise DataError(
-                f"window {window} is bound to catalog {first.catalog.fingerprint[:12]}, and none of those given is it "
-                f"({', '.join(name[:12] for name in self._rows)}). Open that catalog too."
-            )
         chosen: list[ScheduleRow] = [first]
         while len(chosen) < (most or self._together) and (self.windows is None or window + len(chosen) < self.windows):
             row = self._feed.row(window + len(chosen))
             if row.catalog.fingerprint != first.catalog.fingerprint:
                 break
             chosen.append(row)
-        plans = plan_windows(chosen, self.geometry)
-        return locate(plans, rows, self._rank, self._world_size), window + len(chosen)
+        return self.gather(chosen), window + len(chosen)
+
+    def gather(self, chosen: Sequence[ScheduleRow]) -> RankRows:
+        """This rank's rows of consecutive windows of one catalog."""
+        first = chosen[0]
+        if (rows := self._rows.get(first.catalog.fingerprint)) is None:
+            raise DataError(
+                f"window {first.window} is bound to catalog {first.catalog.fingerprint[:12]}, and none of those given "
+                f"is it ({', '.join(name[:12] for name in self._rows)}). Open that catalog too."
+            )
+        return locate(plan_windows(chosen, self.geometry), rows, self._rank, self._world_size)
 
 
 def cut(

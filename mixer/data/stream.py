@@ -21,10 +21,8 @@ the same at the price of a whole core: its scheduling loop does not sleep while 
 Nothing here knows where the run stands but `cursor`. A new stream is built from it after every restart.
 """
 
-import os
-import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -41,31 +39,39 @@ from ray.data.datasource import Datasource, ReadTask
 from mixer.core.errors import ConfigError, MixerError
 from mixer.core.plan import Cursor, Geometry
 from mixer.core.ports import MixtureFeed
-from mixer.core.row import ScheduleRow
 from mixer.data.corpus import CatalogRows
+from mixer.data.decided import DecidedRows, Place
 from mixer.data.reader import ArrayForm, Batch, WindowReader, cut
 from mixer.data.shards import numbers
 from mixer.data.tasks import Failure
 from mixer.data.window import RankRows
 
 LEG_RUNS = 256  # runs that one Ray dataset lists; a new one is begun behind them
-SHORT_WAIT_S, LONG_WAIT_S = 0.0005, 0.01  # between looks at the window that is consumed
+LEAST_AHEAD_WINDOWS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamingOptions:
     """How a rank's windows travel through Ray Data. Nothing here changes which rows they hold."""
 
-    prefetch_windows: int = 8  # how far ahead of the window that is consumed rows are asked for and gathered
+    prefetch_windows: int | None = None  # how far beyond the window that is consumed rows are asked for and gathered
+    block_mb: float = 8.0  # of tokens: small windows that are decided already travel together up to this size
     num_cpus: float = 0.0  # that Ray reserves for the task of a rank; 0 starts also where training holds all
     run_windows: int = 256  # windows read by one task, and again if it is lost
 
     def __post_init__(self) -> None:
         for key in ("prefetch_windows", "run_windows"):
-            if (value := getattr(self, key)) < 1:
+            if (value := getattr(self, key)) is not None and value < 1:
                 raise ConfigError(f"{key} is {value}; it must be at least 1.")
-        if self.num_cpus < 0:
-            raise ConfigError(f"num_cpus is {self.num_cpus}; it must be at least 0.")
+        for key in ("num_cpus", "block_mb"):
+            if (value := getattr(self, key)) < 0:
+                raise ConfigError(f"{key} is {value}; it must be at least 0.")
+
+    def reach(self, window_bytes: int) -> tuple[int, int]:
+        """How many windows ahead of the consumer are read, and how many of them travel together."""
+        most = max(1, int(self.block_mb * 2**20) // window_bytes)
+        ahead = self.prefetch_windows or max(LEAST_AHEAD_WINDOWS, 3 * most)
+        return ahead, max(1, min(most, ahead // 3))
 
 
 class WindowStream:
@@ -104,13 +110,11 @@ class WindowStream:
 
     def __iter__(self) -> Generator[Batch, None, None]:
         geometry, windows = self._reader.geometry, self._reader.windows
-        with _Place(self._at.window) as place:
-            # What is planned together is asked for together.
-            ahead = max(self._options.prefetch_windows, 2 * self._reader.together - 1)
-            shared = ray.put(self._reader.reading(feed=_NearFeed(self._reader.feed, place.path, ahead)))
+        with Place(self._at.window) as place:
+            shared = ray.put(_Reading(self._reader, place.path, *self._options.reach(self._reader.window_bytes)))
             yield from self._legs(shared, place, geometry, windows)
 
-    def _legs(self, shared: Any, place: "_Place", geometry: Geometry, windows: int | None) -> Iterator[Batch]:
+    def _legs(self, shared: Any, place: Place, geometry: Geometry, windows: int | None) -> Iterator[Batch]:
         while windows is None or self._at.window < windows:
             end = self._at.window + LEG_RUNS * self._options.run_windows
             with closing(self._tables(shared, end if windows is None else min(end, windows))) as tables:
@@ -151,42 +155,6 @@ class WindowStream:
             tables.close()
 
 
-class _Place:
-    """The window that is consumed, where tasks on this node can see it."""
-
-    def __init__(self, window: int) -> None:
-        number, self.path = tempfile.mkstemp(prefix=f"mixer-stream-{os.getpid()}-")
-        os.close(number)
-        np.array([window], np.int64).tofile(self.path)
-        self._window_1 = np.memmap(self.path, np.int64, "r+")
-
-    def __enter__(self) -> "_Place":
-        return self
-
-    def __exit__(self, kind: object, value: object, trace: object) -> None:
-        os.unlink(self.path)
-
-    def move(self, window: int) -> None:
-        self._window_1[0] = window
-
-
-class _NearFeed:
-    """A feed that is asked for no row more than `ahead` windows beyond the one that is consumed."""
-
-    def __init__(self, feed: MixtureFeed, path: str, ahead: int) -> None:
-        self._feed, self._path, self._ahead = feed, path, ahead
-        self._window_1: NDArray[np.int64] | None = None
-
-    def row(self, window: int) -> ScheduleRow:
-        if self._window_1 is None:
-            self._window_1 = np.memmap(self._path, np.int64, "r")
-        wait_s = SHORT_WAIT_S
-        while window > self._window_1[0] + self._ahead:
-            time.sleep(wait_s)
-            wait_s = min(LONG_WAIT_S, wait_s * 1.25)
-        return self._feed.row(window)
-
-
 class _Windows(Datasource):
     """Runs of windows, a task each."""
 
@@ -204,15 +172,37 @@ class _Windows(Datasource):
         return [ReadTask(run, nothing_known) for run in self._runs]
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What every task of a stream needs to know."""
+
+    reader: WindowReader
+    place: str
+    ahead: int
+    most: int  # windows that travel together
+
+
 def _read_run(shared: Any, first_window: int, stop_window: int, start_step: int) -> Iterator[pa.Table]:
     """In a task: the blocks of a run of windows, from `start_step` on."""
-    everything: Any = ray.get(shared)
-    reader: WindowReader = everything.reading(windows=stop_window)
+    reading: Any = ray.get(shared)
+    reader: WindowReader = reading.reader
+    windows = range(first_window, stop_window)
+    pool = ThreadPoolExecutor(1, "mixer-stream")  # of an object store rows are fetched while others are handed on
     try:
-        for rows in reader.stretches(first_window):
-            yield _to_table(rows, max(start_step, rows.first_step))
+        with DecidedRows(reader.feed, reading.place, windows, ahead=reading.ahead, most=reading.most) as decided:
+
+            def gather() -> RankRows | None:
+                group = decided.next_group()
+                return reader.gather(group) if group else None
+
+            coming = pool.submit(gather)
+            while (rows := coming.result()) is not None:
+                coming = pool.submit(gather)
+                yield _to_table(rows, max(start_step, rows.first_step))
     except MixerError as error:
         yield _failed(Failure.of(error), reader.layout.token_type)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _to_table(rows: RankRows, start_step: int) -> pa.Table:

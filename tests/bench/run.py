@@ -13,6 +13,7 @@ PARTS = {
     "reader_peers": "the reader beside other systems'",
     "prepare": "preparation beside datasets.map",
     "stream": "the stream through Ray Data",
+    "stream_peers": "the stream beside other systems",
 }
 
 
@@ -23,7 +24,7 @@ def main() -> int:
     failed = []
     for part in chosen:
         print(f"== {part}: {PARTS[part]}", flush=True)
-        words = ["--record"] if part == "reader_peers" else []
+        words = ["--record"] if part in ("reader_peers", "stream_peers") else []
         if subprocess.run([sys.executable, "-m", f"tests.bench.{part}", *words], check=False).returncode:
             failed.append(part)
     if failed:

@@ -8,7 +8,6 @@ does; "saved" reads a schedule that is there, of which several small windows tra
 
 import argparse
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ from mixer.data.corpus import Corpus
 from mixer.data.reader import Batch, WindowReader
 from mixer.data.stream import StreamingOptions, WindowStream
 from tests.bench.corpora import random_corpus
-from tests.bench.peers.processes import PROC, TICK_S, descendants
+from tests.bench.peers.processes import cpu_by_process
 from tests.bench.record import record
 
 STEPS = (16, 64, 256, 1024)
@@ -47,18 +46,6 @@ class Live:
 
     def row(self, window: int) -> ScheduleRow:
         return self._schedule.row(window)
-
-
-def cpu_by_process() -> dict[int, float]:
-    """CPU seconds of this process and of those below it: what ends meanwhile must not be subtracted."""
-    found: dict[int, float] = {}
-    for process in (os.getpid(), *descendants(os.getpid())):
-        try:
-            fields = (PROC / str(process) / "stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        found[process] = sum(int(ticks) for ticks in fields[11:13]) * TICK_S
-    return found
 
 
 def measure(batches: Iterator[Batch], steps: int, seconds: float) -> dict[str, float]:
@@ -104,10 +91,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--kinds", nargs="+", default=["reader", "live", "saved"])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--prefetch-windows", type=int, default=StreamingOptions().prefetch_windows)
+    parser.add_argument("--prefetch-windows", type=int)
+    parser.add_argument("--block-mb", type=float, default=StreamingOptions().block_mb)
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
-    streaming = StreamingOptions(prefetch_windows=options.prefetch_windows)
+    streaming = StreamingOptions(prefetch_windows=options.prefetch_windows, block_mb=options.block_mb)
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         corpus = random_corpus((options.folder or Path(temporary)) / "stream", NUM_ROWS, ROW_TOKENS)

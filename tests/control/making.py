@@ -4,6 +4,7 @@ import numpy as np
 
 from mixer.control.controller import Controller, ControllerOptions
 from mixer.control.rundir import RunDir
+from mixer.core.catalog import Catalog
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Geometry
 from mixer.core.policies import load_policy
@@ -23,15 +24,25 @@ def signals(num: int = PLANNED, seed: int = 0) -> list[Signal]:
     return [make_signal(CATALOG, window, rng.uniform(1, 6, 3).tolist()) for window in range(num)]
 
 
-def open_controller(rundir: RunDir, *, policy: Policy | None = None, **options) -> Controller:
-    values = {"lag_windows": 1, "planned_windows": PLANNED, "rails": RAILS} | options
+def open_controller(
+    rundir: RunDir,
+    *,
+    policy: Policy | None = None,
+    planned_windows: int | None = PLANNED,
+    rails: GuardRails = RAILS,
+    catalog: Catalog = CATALOG,
+    prior: Mixture | None = None,
+    **options,
+) -> Controller:
     return Controller(
-        ControllerOptions(**values),
+        ControllerOptions(**{"lag_windows": 1} | options),
         policy or load_policy("odm", {"form": "paper"}),
         rundir,
-        CATALOG,
+        catalog,
         GEOMETRY,
-        Mixture.uniform(CATALOG),
+        prior or Mixture.uniform(catalog),
+        rails=rails,
+        planned_windows=planned_windows,
     )
 
 

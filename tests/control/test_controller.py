@@ -14,6 +14,7 @@ import pytest
 from mixer.control.controller import Receipt
 from mixer.control.rundir import RunDir
 from mixer.core.errors import ConfigError, ResumeError, ScheduleError, SignalError
+from mixer.core.policies import load_policy
 from mixer.core.rails import GuardRails
 from mixer.core.schedule import MixtureSchedule
 from tests.control.making import CATALOG, PLANNED, open_controller, signals, text_of, undisturbed
@@ -158,7 +159,7 @@ def test_a_domain_whose_rows_were_bad_does_not_hold_the_others(tmp_path):
 class Says:
     """A policy that gives a fixed answer, be it a mixture or not."""
 
-    NEEDS: ClassVar[frozenset[str]] = frozenset()
+    NEEDS: ClassVar[frozenset[str]] = frozenset({"loss"})
     answer: tuple[float, ...]
 
     def start(self, setting):
@@ -308,3 +309,17 @@ def test_killed_at_any_call_to_the_disk_it_goes_on_to_the_same_schedule(tmp_path
             drive(folder, open_controller(rundir, planned_windows=4))
         assert text_of(folder) == expected, f"killed at call {die_at - 5}"
     assert deaths >= 10
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_policy_that_measures_nothing_decides_from_the_first_window_on(tmp_path, lag):
+    stages = {
+        "begin": {"at": 0.0, "weights": {"a": 1, "b": 0, "c": 0}},
+        "end": {"at": 1.0, "weights": {"a": 0, "b": 0, "c": 1}},
+    }
+    policy = load_policy("scripted", {"stages": stages})
+    text = undisturbed(tmp_path, lag_windows=lag, policy=policy, rails=GuardRails())
+    for row in MixtureSchedule.from_text(text):
+        here = row.window / PLANNED
+        np.testing.assert_allclose(row.weights_d, [1 - here, 0, here], rtol=0, atol=1e-9)
+        assert row.reason == "policy"

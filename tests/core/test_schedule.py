@@ -548,8 +548,51 @@ def test_what_cannot_be_stretched_is_refused() -> None:
         MixtureSchedule(CATALOG, GEOMETRY).stretch(5)
     with pytest.raises(ScheduleError, match="cannot stretch 3 windows to 0"):
         wandering(CATALOG, 3).stretch(0)
-    with pytest.raises(ScheduleError, match=r"cannot stretch a schedule that changes its catalog. Stretch its parts"):
-        switching().stretch(5)
+    with pytest.raises(
+        ScheduleError, match=r"before window 2, which would fall inside window 2\. .* multiple of 5 win"
+    ):
+        switching().stretch(6)
+    with pytest.raises(ScheduleError, match="the schedule has 2 changes of catalog"):
+        switching().stretch(5, catalog=CATALOG)
+    with pytest.raises(ScheduleError, match="the same names"):
+        wandering(CATALOG, 3).stretch(3, catalog=catalog_of(books=10, coda=30, web=60))
+
+
+def test_a_stretch_keeps_the_place_of_a_change_of_catalog() -> None:
+    schedule = switching()
+    wide = Geometry(window_steps=3, batch_rows=7, seed=5)
+    stretched = schedule.stretch(10, wide)
+    assert stretched.switches == [4, 8]
+    assert [row.catalog.fingerprint for row in stretched] == [
+        schedule.row(i // 2).catalog.fingerprint for i in range(10)
+    ]
+    for i in range(10):
+        np.testing.assert_allclose(stretched.row(i).weights_d, schedule.row(i // 2).weights_d, rtol=0, atol=1e-15)
+    # Within one row of the asked share, for the domains that are there throughout.
+    for name in {domain.name for domain in CATALOG.domains} & {domain.name for domain in AFTER.domains}:
+        asked = sum(2 * 21 * row.weights_d[row.catalog.index[name]] for row in schedule)
+        given = sum(int(row.counts_d[row.catalog.index[name]]) for row in stretched)
+        assert abs(given - asked) < 1.0 + 1e-9
+    assert_same(MixtureSchedule.from_text(stretched.to_text()), stretched)
+
+
+def test_stretched_to_another_catalog_of_the_same_names_the_weights_stay() -> None:
+    schedule, other = wandering(CATALOG, 4), catalog_of(books=11, code=300, web=6)
+    moved = schedule.stretch(4, catalog=other)
+    assert moved.catalog == moved.last_catalog == other
+    assert [row.weights_d.tolist() for row in moved] == [row.weights_d.tolist() for row in schedule]
+
+
+@pytest.mark.parametrize("windows", range(6))
+def test_the_head_of_a_schedule_is_the_beginning_of_its_text(windows: int) -> None:
+    schedule = switching()
+    text = schedule.head(windows).to_text()
+    assert schedule.to_text().startswith(text)
+    read_again = MixtureSchedule.from_text(text)
+    assert_same(schedule.head(windows), read_again)
+    assert len(read_again) == windows
+    with pytest.raises(ScheduleError, match="first 6 windows of a schedule that has 5"):
+        schedule.head(6)
 
 
 # ---- resume ----------------------------------------------------------------------------------------------

@@ -16,14 +16,13 @@ from mixer.core.schedule import MixtureSchedule
 from mixer.data.corpus import Corpus
 from mixer.data.reader import Batch, WindowReader
 from mixer.data.stream import StreamingOptions, WindowStream
-from tests.fakes import ActorFeed, ShownRows, make_corpus
+from tests.fakes import ActorFeed, ShownRows, make_corpus, stream_processes
 
 pytestmark = pytest.mark.ray
 
 GEOMETRY = Geometry(window_steps=4, batch_rows=8, seed=3, block_rows=4, group_blocks=4)
 WINDOWS = 12
 WAIT_S = 30.0
-OURS = ("ray::SplitCoordinator", "ray::ReadWindows")
 
 
 @pytest.fixture(scope="module")
@@ -57,29 +56,9 @@ def require_same(stream: list[Batch], reader: list[Batch]) -> None:
     assert all(map(same, stream, reader))
 
 
-def running() -> list[str]:
-    """The processes below this one that work for a stream."""
-    parents, names = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                names[int(entry.name)] = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = []
-    for number, name in names.items():
-        above = number
-        while above not in (0, os.getpid()):
-            above = parents.get(above, 0)
-        if above and name.startswith(OURS):
-            found.append(name)
-    return found
-
-
 def wait_until_nothing_runs() -> None:
     end = time.monotonic() + WAIT_S
-    while left := running():
+    while left := stream_processes(os.getpid()):
         assert time.monotonic() < end, f"still there: {left}"
         time.sleep(0.05)
 
@@ -208,7 +187,7 @@ def test_an_early_close_leaves_nothing_running(
     feed = ActorFeed(ray_session.remote(ShownRows).remote(schedule, shown))
     stream = iter(WindowStream(corpus.by_source, feed, GEOMETRY))
     next(stream)
-    assert running()
+    assert stream_processes(os.getpid())
     stream.close()
     wait_until_nothing_runs()
 

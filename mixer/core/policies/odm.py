@@ -1,6 +1,7 @@
 """ODM, online data mixing (arXiv 2312.02406): domains are the arms of a bandit, a domain's loss its reward.
 
-With K domains, L_i the mean loss of domain i in the window, t the window's number from 1, and
+With K domains, L_i the mean loss of domain i in the window, t the window's number from 1 (counted from where
+the policy starts), and
     eps_t = min(1 / K, sqrt(ln K / (K t)))
 `released`, as the authors' code does (SmoothedMeanWeightUpdater):
     R_i <- s R_i + (1 - s) exp(L_i);   w_i = (1 - K eps_t) R_i / sum_j R_j + eps_t
@@ -46,6 +47,7 @@ class Odm:
         return {
             "reward_d": np.zeros(num),
             "epsilon": np.array(1.0 / num),
+            "start_window": np.array(setting.start_window, dtype=np.int64),
             # What each of the windows between a decision and its signal was decided with, by window % first_window.
             "pi_wd": np.tile(setting.prior.weights_d, (setting.first_window, 1)),
         }
@@ -53,7 +55,8 @@ class Odm:
     def update(self, state: State, signal: Signal) -> tuple[State, NDArray[np.float64]]:
         reward_d, before, pi_wd = state["reward_d"].copy(), float(state["epsilon"]), state["pi_wd"].copy()
         num, loss_d, place = len(reward_d), signal.loss_d, signal.window % len(pi_wd)
-        epsilon = min(1.0 / num, math.sqrt(math.log(num) / (num * (signal.window + 1))))
+        time = signal.window - int(state["start_window"]) + 1
+        epsilon = min(1.0 / num, math.sqrt(math.log(num) / (num * time)))
         seen_d = np.isfinite(loss_d) & (pi_wd[place] > 0)
         loss_s = np.clip(loss_d[seen_d], 0.0, self.max_loss)
         gain_s = np.exp(loss_s) if self.form == "released" else loss_s / pi_wd[place][seen_d]
@@ -64,4 +67,4 @@ class Odm:
             power_d = reward_d if reward_d.any() else np.ones(num)
         weights_d = (1.0 - num * epsilon) * (power_d / power_d.sum()) + epsilon
         pi_wd[place] = weights_d = weights_d / weights_d.sum()
-        return {"reward_d": reward_d, "epsilon": np.array(epsilon), "pi_wd": pi_wd}, weights_d
+        return state | {"reward_d": reward_d, "epsilon": np.array(epsilon), "pi_wd": pi_wd}, weights_d

@@ -16,6 +16,7 @@ from tests.bench.peers.ours import write_corpus
 
 STUBS = Path(__file__).parent / "stubs"
 CHUNK = "64MB"
+PARQUET_ROWS = 4096
 
 
 def write_raw(bed: Bed, folder: Path) -> None:
@@ -80,6 +81,25 @@ def write_arrayrecord(bed: Bed, folder: Path) -> None:
         writer.close()
 
 
+def write_parquet(bed: Bed, folder: Path) -> None:
+    """Parquet for Ray Data: a row is one value of a fixed size, which its batches show without a copy."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for domain in range(NUM_DOMAINS):
+        place = folder / str(domain)
+        place.mkdir()
+        tokens = bed.tokens_of(domain)
+        for number, first in enumerate(range(0, len(tokens), PARQUET_ROWS)):
+            part = tokens[first : first + PARQUET_ROWS]
+            kind = pa.binary(2 * ROW_TOKENS)
+            column = pa.FixedSizeBinaryArray.from_buffers(kind, len(part), [None, pa.py_buffer(part.tobytes())])
+            table = pa.table({"tokens": column})
+            pq.write_table(
+                table, place / f"{number:04}.parquet", compression="none", use_dictionary=False, write_statistics=False
+            )
+
+
 WRITERS: dict[str, Callable[[Bed, Path], None]] = {
     "raw": write_raw,
     "mds": write_mds,
@@ -87,6 +107,7 @@ WRITERS: dict[str, Callable[[Bed, Path], None]] = {
     "hf": write_hf,
     "arrayrecord": write_arrayrecord,
     "mixer": write_corpus,
+    "parquet": write_parquet,
 }
 
 

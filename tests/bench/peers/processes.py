@@ -33,6 +33,15 @@ def cpu_s() -> float:
     return total
 
 
+def cpu_by_process() -> dict[int, float]:
+    """CPU seconds of this process and of those below it: what ends meanwhile must not be subtracted."""
+    found: dict[int, float] = {}
+    for process in (os.getpid(), *descendants(os.getpid())):
+        if stat := _stat(process):
+            found[process] = sum(int(ticks) for ticks in stat[11:13]) * TICK_S
+    return found
+
+
 def queued_s() -> float:
     """Seconds that this process's main thread was ready to run and had no core."""
     return int((PROC / "self/schedstat").read_text().split()[1]) / 1e9

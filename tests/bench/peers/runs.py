@@ -76,16 +76,16 @@ def environment() -> dict[str, str]:
     }
 
 
-def build(bed: Bed, layouts: Iterable[str]) -> None:
+def build(bed: Bed, layouts: Iterable[str], python: str = sys.executable) -> None:
     """Make what is not there yet, two at a time, and bring all of it into the page cache."""
     bed.save()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda layout: _build(bed, layout), layouts))
+        list(pool.map(lambda layout: _build(bed, layout, python), layouts))
 
 
-def _build(bed: Bed, layout: str) -> None:
+def _build(bed: Bed, layout: str, python: str) -> None:
     if not bed.folder(layout).exists():
-        command = [sys.executable, "-m", corpora.__name__, str(bed.root), layout]
+        command = [python, "-m", corpora.__name__, str(bed.root), layout]
         done = subprocess.run(command, check=False, env=environment(), cwd=REPOSITORY, capture_output=True, text=True)
         if not bed.folder(layout).exists():
             raise RuntimeError(f"building {layout} failed:\n{done.stderr[-2000:]}")
@@ -129,7 +129,7 @@ def run(reader: str, bed: Bed, bench: Bench, *, processes: int, workers: int, re
                     start_new_session=True,
                 )
             started.append((process, answer, log))
-        _wait([process for process, _, _ in started], bench.limit_s)
+        wait([process for process, _, _ in started], bench.limit_s)
         answers = [_answer(answer, log, bench.limit_s) for _, answer, log in started]
     errors = [answer["error"] for answer in answers if "error" in answer]
     if errors:
@@ -137,7 +137,7 @@ def run(reader: str, bed: Bed, bench: Bench, *, processes: int, workers: int, re
     return Run(**where, **_together(answers, bed))
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], limit_s: float) -> None:
+def wait(processes: list[subprocess.Popen[bytes]], limit_s: float) -> None:
     """Until all have ended, or one has died, or the time is over; then end what is left of them."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end and any(process.poll() is None for process in processes):

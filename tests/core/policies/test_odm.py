@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -59,3 +61,16 @@ def test_losses_beyond_reason_are_held_to_the_largest():
 def test_values_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         load_policy("odm", options)
+
+
+@pytest.mark.parametrize("form", ["released", "paper"])
+def test_a_policy_that_starts_at_a_fork_explores_as_one_at_the_start_of_a_run(form):
+    policy = load_policy("odm", {"form": form})
+    early = policy.start(make_setting(CATALOG, first_window=3))
+    late = policy.start(replace(make_setting(CATALOG, first_window=3), start_window=30))
+    for window in range(8):
+        early, before = policy.update(early, make_signal(CATALOG, window, [3.0, 2.0, 1.0 + window]))
+        late, after = policy.update(late, make_signal(CATALOG, 30 + window, [3.0, 2.0, 1.0 + window]))
+        assert before.tolist() == after.tolist()
+    with pytest.raises(ConfigError, match="start_window=-1"):
+        replace(make_setting(CATALOG), start_window=-1)
