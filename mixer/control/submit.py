@@ -86,17 +86,21 @@ def checked_env(pairs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 class Jobs:
     """The jobs of one cluster."""
 
-    def __init__(self, doorway: Doorway, say: Say) -> None:
-        from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 (a second; not for who is refused before)
-
+    def __init__(self, doorway: Doorway, say: Say, *, client: Any = None) -> None:
+        """`client` stands for Ray's own where there is no cluster."""
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
         self._doorway = doorway
         self._say = say
         for note in doorway.notes:
             say(f"note: {note}")
-        with self._errors("connect"), only_address(doorway.address):
-            self._client = JobSubmissionClient(doorway.address, headers=doorway.headers)
+        self._client = client or self._connect()
+
+    def _connect(self) -> Any:
+        from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 (seconds; not for who is refused before)
+
+        with self._errors("connect"), only_address(self._doorway.address):
+            return JobSubmissionClient(self._doorway.address, headers=self._doorway.headers)
 
     def submit(self, order: Order) -> str:
         """Send the parcel and start the job; its id."""
