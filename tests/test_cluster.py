@@ -81,6 +81,8 @@ def test_the_ray_job_asks_for_a_token_and_goes_when_it_is_done():
     ports = [port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])]
     assert ports == [8265]
     assert all("from" in rule for rule in policy["spec"]["ingress"])
+    (submitter,) = [peer["podSelector"] for peer in policy["spec"]["ingress"][1]["from"] if "podSelector" in peer]
+    assert submitter == {"matchLabels": {"job-name": job["metadata"]["name"]}}  # as Kubernetes labels a Job's pods
 
 
 def test_the_ray_job_has_gpus_cpus_for_data_and_one_shared_folder():

@@ -88,8 +88,6 @@ class Jobs:
 
     def __init__(self, doorway: Doorway, say: Say, *, client: Any = None) -> None:
         """`client` stands for Ray's own where there is no cluster."""
-        for name in CHATTY:
-            logging.getLogger(name).setLevel(logging.WARNING)
         self._doorway = doorway
         self._say = say
         for note in doorway.notes:
@@ -99,6 +97,8 @@ class Jobs:
     def _connect(self) -> Any:
         from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 (seconds; not for who is refused before)
 
+        for name in CHATTY:  # each sets its own level when it is imported
+            logging.getLogger(name).setLevel(logging.WARNING)
         with self._errors("connect"), only_address(self._doorway.address):
             return JobSubmissionClient(self._doorway.address, headers=self._doorway.headers)
 

@@ -70,6 +70,7 @@ def project(tmp_path) -> Path:
         "jobs/__init__.py": "", "jobs/train.py": "x", "mixer/__init__.py": "", "mixer/data/shards.py": "xy",
         "configs/demo.yaml": "a: 1", "mine.yaml": "b: 2", "data/corpus/big.arrow": "z" * 1000, "runs/x/run.yaml": "",
         ".git/objects/aa": "g", ".venv/lib/x.py": "v", "mixer/__pycache__/a.cpython-311.pyc": "c", "mixer/.hidden": "h",
+        "mixer/.cache/x.py": "h",
         "mixer/mlruns/0/meta.yaml": "m", "jobs/old.pyc": "o", "tokenizer.json": "{}", "extra/deep/a.txt": "deep",
     }  # fmt: skip
     for name, text in files.items():
