@@ -272,3 +272,19 @@ def test_the_slurm_script_parses_and_can_be_run():
     done = subprocess.run(["bash", "-n", str(CLUSTER / "slurm.sh")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (CLUSTER / "slurm.sh").stat().st_mode & stat.S_IXUSR
+
+
+def test_what_the_readme_sends_would_not_be_refused(monkeypatch):
+    """Its configurations load, and nothing of theirs lies in a job's own folder."""
+    from jobs.submit import places_of
+    from mixer.control.parcel import pack, refuse_relative
+
+    monkeypatch.chdir(ROOT)
+    lines = [line for line in commands() if "configs/demo.yaml" in line and "/opt/" not in line and "-x" not in line]
+    found = [
+        [word for word in line.split() if "=/shared/corpora" in word or word == "configs/demo.yaml"] for line in lines
+    ]
+    assert len(found) == 4
+    for words in found:
+        refuse_relative(places_of(words))
+        assert "configs/demo.yaml" in pack(words, here=ROOT, project=ROOT).files
