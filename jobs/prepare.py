@@ -4,11 +4,13 @@ Run again after a kill, it completes what is missing; run again after a change, 
 """
 
 import argparse
+import os
 import sys
 import time
 
 from mixer import cli
 from mixer.config import load
+from mixer.control.doorway import cluster_inside
 from mixer.core.errors import ConfigError
 from mixer.data.prepare import Progress, prepare
 from mixer.data.progress import ProgressText, table
@@ -47,7 +49,11 @@ class Printer:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mixer prepare", description=__doc__)
     top.add_argument("config", nargs="+", help="YAML files, then key=value overrides")
-    top.add_argument("--address", help="of a running Ray cluster; else one is started on this machine")
+    top.add_argument(
+        "--address",
+        default=cluster_inside(os.environ),
+        help="of a running Ray cluster; else a job's own, or one that is started on this machine",
+    )
     top.add_argument("--cpus", type=int, help="of the Ray started here; all if not given")
     top.add_argument("--object-store-mb", type=int, help="of the Ray started here")
     top.add_argument("--ray", action="store_true", help="use Ray for small inputs, too")

@@ -124,20 +124,18 @@ def ask_here(request: Mapping[str, Any]) -> Answers:
 def ask_cluster(address: str, request: Mapping[str, Any]) -> Answers:
     import ray  # noqa: PLC0415 (seconds; not for a check of this machine)
     from ray import cloudpickle  # noqa: PLC0415
+    from ray.exceptions import RayError  # noqa: PLC0415
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
     cloudpickle.register_pickle_by_value(examine)  # a node need not have mixer
     try:
-        context: Any = ray.init(
-            address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="mixer-doctor"
-        )
+        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="mixer-doctor")
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MixerError(
             f"no cluster at {address}: {reason} Needed is one that runs. Start it, or leave --address out."
         ) from error
     try:
-        head_address = str(context.address_info.get("gcs_address", address)).rsplit(":", 1)[0]
         dashboard = str(context.dashboard_url or f"127.0.0.1:{DASHBOARD_PORT}")
         task = ray.remote(num_cpus=0, max_retries=0)(examine.examine)
         pending: dict[Any, tuple[dict[str, Any], str, float]] = {}
@@ -158,7 +156,7 @@ def ask_cluster(address: str, request: Mapping[str, Any]) -> Answers:
                     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                     answers.silent.append(doctor.unreachable(name, reason))
                     continue
-                is_head = "node:__internal_head__" in node["Resources"] or node["NodeManagerAddress"] == head_address
+                is_head = "node:__internal_head__" in node["Resources"]
                 answers.nodes.append(facts | {"is_head": is_head, "dashboard": dashboard})
                 answers.times.append((asked_s, time.time()))
         return answers

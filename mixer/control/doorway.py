@@ -83,6 +83,15 @@ def job_server(given: str | None, environ: Mapping[str, str]) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
 
 
+def cluster_inside(environ: Mapping[str, str]) -> str | None:
+    """The cluster that this process belongs to, as `ray.init` takes it: every job finds its own in RAY_ADDRESS.
+
+    A job server's address there is a client's, who is outside.
+    """
+    address = environ.get("RAY_ADDRESS") or None
+    return None if address and address.startswith(("http://", "https://")) else address
+
+
 def find_token(environ: Mapping[str, str]) -> Token | None:
     """The token that Ray would use here; a file that was named but cannot be used is an error, as it is there."""
     if value := environ.get(TOKEN, "").strip():

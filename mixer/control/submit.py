@@ -30,7 +30,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEY(_|$)", re.I)
 PATIENCE_S = 60.0  # how long a lost connection is tried again
 RETRY_S = 1.0
-STOP_S = 30.0
+# A job that is asked to end may write its checkpoint; Ray would kill it after three seconds.
+GRACE_S = 110
+GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
+STOP_S = GRACE_S + 10.0
 CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -83,21 +86,25 @@ def checked_env(pairs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 class Jobs:
     """The jobs of one cluster."""
 
-    def __init__(self, doorway: Doorway, say: Say) -> None:
-        from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 (a second; not for who is refused before)
-
-        for name in CHATTY:
-            logging.getLogger(name).setLevel(logging.WARNING)
+    def __init__(self, doorway: Doorway, say: Say, *, client: Any = None) -> None:
+        """`client` stands for Ray's own where there is no cluster."""
         self._doorway = doorway
         self._say = say
         for note in doorway.notes:
             say(f"note: {note}")
-        with self._errors("connect"), only_address(doorway.address):
-            self._client = JobSubmissionClient(doorway.address, headers=doorway.headers)
+        self._client = client or self._connect()
+
+    def _connect(self) -> Any:
+        from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 (seconds; not for who is refused before)
+
+        for name in CHATTY:  # each sets its own level when it is imported
+            logging.getLogger(name).setLevel(logging.WARNING)
+        with self._errors("connect"), only_address(self._doorway.address):
+            return JobSubmissionClient(self._doorway.address, headers=self._doorway.headers)
 
     def submit(self, order: Order) -> str:
         """Send the parcel and start the job; its id."""
-        runtime_env: dict[str, Any] = {"env_vars": dict(order.env)} if order.env else {}
+        runtime_env: dict[str, Any] = {"env_vars": {GRACE: str(GRACE_S)} | dict(order.env)}
         with tempfile.TemporaryDirectory(prefix="mixer-submit-") as folder:
             if order.parcel.files:
                 order.parcel.write(Path(folder))

@@ -3,15 +3,18 @@
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from mixer.control.doorway import Doorway, Token, enter, find_token, job_server
+from mixer.control import submit
+from mixer.control.doorway import Doorway, Token, cluster_inside, enter, find_token, job_server
 from mixer.control.parcel import pack, project_of, refuse_relative
-from mixer.control.submit import Order, checked_env, checked_name, only_address
-from mixer.core.errors import ConfigError
+from mixer.control.submit import Jobs, Order, checked_env, checked_name, only_address
+from mixer.core.errors import ConfigError, MixerError
 
 TOKEN = "5" * 64
 
@@ -67,6 +70,7 @@ def project(tmp_path) -> Path:
         "jobs/__init__.py": "", "jobs/train.py": "x", "mixer/__init__.py": "", "mixer/data/shards.py": "xy",
         "configs/demo.yaml": "a: 1", "mine.yaml": "b: 2", "data/corpus/big.arrow": "z" * 1000, "runs/x/run.yaml": "",
         ".git/objects/aa": "g", ".venv/lib/x.py": "v", "mixer/__pycache__/a.cpython-311.pyc": "c", "mixer/.hidden": "h",
+        "mixer/.cache/x.py": "h",
         "mixer/mlruns/0/meta.yaml": "m", "jobs/old.pyc": "o", "tokenizer.json": "{}", "extra/deep/a.txt": "deep",
     }  # fmt: skip
     for name, text in files.items():
@@ -259,12 +263,14 @@ def test_a_token_is_sent_when_it_is_asked_for_and_only_then(serve, tmp_path):
 def test_what_is_no_job_server_or_does_not_answer_is_refused_in_time(serve):
     with pytest.raises(ConfigError, match="answers 200 and is no job server"):
         enter(serve(SomethingElse), {"HOME": "/nowhere"})
+    begun = time.monotonic()
     silent = http.server.HTTPServer(("127.0.0.1", 0), JobServer)  # listens, and is never served
     try:
         with pytest.raises(ConfigError, match=r"cannot be reached: no answer within 0\.2 s"):
             enter(f"http://127.0.0.1:{silent.server_port}", {"HOME": "/nowhere"}, timeout_s=0.2)
     finally:
         silent.server_close()
+    assert time.monotonic() - begun < 5
     with pytest.raises(ConfigError, match="cannot be reached: Connection refused"):
         enter(f"http://127.0.0.1:{silent.server_port}", {"HOME": "/nowhere"})
 
@@ -279,3 +285,80 @@ def test_rays_client_sees_only_the_address_that_was_asked_for(monkeypatch):
         assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://this:1"
     assert os.environ["RAY_ADDRESS"] == "http://other:1"
     assert "RAY_API_SERVER_ADDRESS" not in os.environ
+
+
+def test_a_job_finds_its_own_cluster_and_a_client_none():
+    assert cluster_inside({"RAY_ADDRESS": "10.0.0.5:6379"}) == "10.0.0.5:6379"
+    assert cluster_inside({"RAY_ADDRESS": "http://10.0.0.5:8265"}) is None
+    assert cluster_inside({}) is None
+
+
+class Client:
+    """Ray's client with a script: what each connection yields of the log, an error for one that breaks."""
+
+    def __init__(self, *connections: list[str | Exception], status: str = "SUCCEEDED", code: int | None = 0) -> None:
+        self.connections = list(connections)
+        self.status = status
+        self.code = code
+
+    async def tail_job_logs(self, job_id: str):
+        for text in self.connections.pop(0):
+            if isinstance(text, Exception):
+                raise text
+            yield text
+
+    def get_job_status(self, job_id: str) -> str:
+        return "RUNNING" if self.connections else self.status
+
+    def get_job_info(self, job_id: str):
+        if job_id == "nobody":
+            raise RuntimeError("Request failed with status code 404: Job nobody does not exist.")
+        reason = f"why {TOKEN}\nx"
+        return SimpleNamespace(status=self.get_job_status(job_id), driver_exit_code=self.code, message=reason)
+
+    def submit_job(self, **options):
+        raise RuntimeError(f"Request failed with status code 500: Traceback\n  no room for {TOKEN}\n.")
+
+
+@pytest.fixture
+def follow(monkeypatch):
+    monkeypatch.setattr(submit, "RETRY_S", 0.0)
+
+    def run(client: Client) -> tuple[int, str, list[str]]:
+        said: list[str] = []
+        shown: list[str] = []
+        jobs = Jobs(Doorway("http://a", Token(TOKEN, "x"), "2.60"), said.append, client=client)
+        return jobs.follow("j", shown.append), "".join(shown), said
+
+    return run
+
+
+def test_a_follower_that_lost_its_connection_shows_each_letter_of_the_log_once(follow):
+    client = Client(
+        ["ab", "cd\n", OSError("gone")], [ConnectionError("still")], ["a", "bcd\ne"], ["abcd\nefg", "h"]
+    )  # fmt: skip
+    assert follow(client) == (0, "abcd\nefgh", ["job j succeeded"])
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "answer"), [("FAILED", 7, 7), ("FAILED", None, 1), ("FAILED", -9, 1), ("STOPPED", 0, 1)]
+)
+def test_a_job_that_did_not_succeed_gives_its_status(follow, status, code, answer):
+    client = Client(["log"], status=status, code=code)
+    assert follow(client) == (answer, "log", [f"job j {status.lower()}: why <token>"])
+
+
+def test_a_connection_that_stays_away_ends_with_how_to_go_on(follow, monkeypatch):
+    monkeypatch.setattr(submit, "PATIENCE_S", 0.0)
+    with pytest.raises(MixerError, match=r"lost the connection.*gone <token>.*`mixer submit --follow j`"):
+        follow(Client([OSError(f"gone {TOKEN}")], []))
+
+
+def test_what_the_job_server_refuses_is_one_line_without_the_token(project):
+    jobs = Jobs(Doorway("http://a", Token(TOKEN, "x"), "2.60"), [].append, client=Client())
+    order = Order(verb="train", name="n", parcel=pack([], here=project, project=project))
+    with pytest.raises(MixerError) as caught:
+        jobs.submit(order)
+    assert "could not submit at http://a: no room for <token>" in str(caught.value)
+    with pytest.raises(ConfigError, match="http://a knows no job 'nobody'"):
+        jobs.follow("nobody", print)
