@@ -97,7 +97,7 @@ def _datasets(bed: Bed) -> list[Any]:
     return [ray.data.read_parquet(str(bed.folder(PARQUET) / str(domain))) for domain in range(NUM_DOMAINS)]
 
 
-def _rows_of(table: pa.Table) -> NDArray[np.uint16]:
+def rows_of(table: pa.Table) -> NDArray[np.uint16]:
     """The rows of a batch, without a copy where they lie in one piece."""
     column = table["tokens"]
     array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
@@ -126,7 +126,7 @@ def dataset_mix(bed: Bed, order: Order) -> Batches:
     while True:
         for table in splits[order.rank].iter_batches(batch_size=order.seat.batch_rows, batch_format="pyarrow"):
             if len(table) == order.seat.batch_rows:
-                yield _rows_of(table).astype(np.int64)
+                yield rows_of(table).astype(np.int64)
 
 
 def dataset_per_domain(bed: Bed, order: Order) -> Batches:
@@ -138,7 +138,7 @@ def dataset_per_domain(bed: Bed, order: Order) -> Batches:
     def rows(split: Any) -> Iterator[NDArray[np.uint16]]:
         while True:
             for table in split.iter_batches(batch_size=256, batch_format="pyarrow"):
-                yield from _rows_of(table)
+                yield from rows_of(table)
 
     waiting = [rows(split[order.rank]) for split in splits]
     ready = [[next(one)] for one in waiting]  # all begun in one order: otherwise the ranks wait for each other
