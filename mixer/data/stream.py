@@ -2,12 +2,13 @@
 
 The rank's windows from its cursor on are cut into runs; a run is one task, which goes through its
 windows one after the other. For each it asks the feed for the window's row, and so waits until that
-row exists; plans, finds this rank's rows, gathers them, and hands on one block. Runs follow one another,
-never two at a time: order is kept, and no window is asked for before the one ahead of it was read.
+row exists; plans, finds this rank's rows, gathers them, and hands on a block, in which small windows that are
+decided already travel together (`mixer.data.decided`). Runs follow one another, never two at a time: order
+is kept, and no window is asked for before the row of the one ahead of it is there.
 A run that is lost with its process is read again from its first window, to the same rows.
 
 A block is *one* row of a Ray dataset, whose columns are lists (tokens, lengths, document starts) with
-all rows of the window in them. So Ray Data neither splits nor joins windows, no schema changes at a
+all rows of its windows in them. So Ray Data neither splits nor joins blocks, no schema changes at a
 window cut short by the cursor, and every list is a view of shared memory when it arrives: the one
 copy that this process makes is the one that widens a step's tokens.
 
@@ -47,7 +48,8 @@ from mixer.data.tasks import Failure
 from mixer.data.window import RankRows
 
 LEG_RUNS = 256  # runs that one Ray dataset lists; a new one is begun behind them
-LEAST_AHEAD_WINDOWS = 8
+LEAST_AHEAD_WINDOWS, MOST_TOGETHER_WINDOWS = 8, 64
+LEAST_RUN_WINDOWS, RUN_BYTES = 256, 1 << 30  # of tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class StreamingOptions:
     prefetch_windows: int | None = None  # how far beyond the window that is consumed rows are asked for and gathered
     block_mb: float = 8.0  # of tokens: small windows that are decided already travel together up to this size
     num_cpus: float = 0.0  # that Ray reserves for the task of a rank; 0 starts also where training holds all
-    run_windows: int = 256  # windows read by one task, and again if it is lost
+    run_windows: int | None = None  # windows read by one task, and again if it is lost
 
     def __post_init__(self) -> None:
         for key in ("prefetch_windows", "run_windows"):
@@ -67,9 +69,13 @@ class StreamingOptions:
             if (value := getattr(self, key)) < 0:
                 raise ConfigError(f"{key} is {value}; it must be at least 0.")
 
+    def windows_in_run(self, window_bytes: int) -> int:
+        """Every task reads the catalogs, and a saved schedule, before its first window."""
+        return self.run_windows or max(LEAST_RUN_WINDOWS, RUN_BYTES // window_bytes)
+
     def reach(self, window_bytes: int) -> tuple[int, int]:
         """How many windows ahead of the consumer are read, and how many of them travel together."""
-        most = max(1, int(self.block_mb * 2**20) // window_bytes)
+        most = min(MOST_TOGETHER_WINDOWS, max(1, int(self.block_mb * 2**20) // window_bytes))
         ahead = self.prefetch_windows or max(LEAST_AHEAD_WINDOWS, 3 * most)
         return ahead, max(1, min(most, ahead // 3))
 
@@ -100,6 +106,7 @@ class WindowStream:
         self._reader.cursor = cursor or Cursor()  # refuses what cannot be
         self._at = self._reader.cursor
         self._options = options or StreamingOptions()
+        self._run_windows = self._options.windows_in_run(self._reader.window_bytes)
         self._widen = widen
         self._form = form or ArrayForm()
 
@@ -116,7 +123,7 @@ class WindowStream:
 
     def _legs(self, shared: Any, place: Place, geometry: Geometry, windows: int | None) -> Iterator[Batch]:
         while windows is None or self._at.window < windows:
-            end = self._at.window + LEG_RUNS * self._options.run_windows
+            end = self._at.window + LEG_RUNS * self._run_windows
             with closing(self._tables(shared, end if windows is None else min(end, windows))) as tables:
                 for table in tables:
                     for i in range(table.num_rows):
@@ -131,9 +138,9 @@ class WindowStream:
     def _tables(self, shared: Any, end: int) -> Generator[pa.Table, None, None]:
         """The blocks from the cursor up to a window."""
         runs: list[tuple[int, int, int]] = []
-        for first in range(self._at.window, end, self._options.run_windows):
+        for first in range(self._at.window, end, self._run_windows):
             start = max(self._at.steps(self._reader.geometry), first * self._reader.geometry.window_steps)
-            runs.append((first, min(first + self._options.run_windows, end), start))
+            runs.append((first, min(first + self._run_windows, end), start))
         dataset = ray.data.read_datasource(
             _Windows([partial(_read_run, shared, *run) for run in runs]),
             num_cpus=self._options.num_cpus,

@@ -16,7 +16,7 @@ from tests.bench.peers.ours import write_corpus
 
 STUBS = Path(__file__).parent / "stubs"
 CHUNK = "64MB"
-PARQUET_ROWS = 4096
+PARQUET_ROWS = 512  # so that a small domain has blocks for every rank
 
 
 def write_raw(bed: Bed, folder: Path) -> None:

@@ -97,7 +97,7 @@ def _datasets(bed: Bed) -> list[Any]:
     return [ray.data.read_parquet(str(bed.folder(PARQUET) / str(domain))) for domain in range(NUM_DOMAINS)]
 
 
-def _rows_of(table: pa.Table) -> NDArray[np.uint16]:
+def rows_of(table: pa.Table) -> NDArray[np.uint16]:
     """The rows of a batch, without a copy where they lie in one piece."""
     column = table["tokens"]
     array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
@@ -105,48 +105,50 @@ def _rows_of(table: pa.Table) -> NDArray[np.uint16]:
     return np.frombuffer(array.buffers()[1], np.uint16, len(array) * ROW_TOKENS, first).reshape(-1, ROW_TOKENS)
 
 
-def _begin_others(iterators: list[Any]) -> None:
-    """The consumers of the other ranks: a split begins once all have come. They take one batch and wait."""
+def endless(splits: list[Any], rank: int, rows: int) -> Iterator[pa.Table]:
+    """A rank's batches, pass after pass. A pass begins only once all ranks have come: the others take one batch and
+    wait, so that this one has the machine to itself."""
+    others = [split for place, split in enumerate(splits) if place != rank]
+    while True:
+        over = threading.Event()
+        threads = [threading.Thread(target=_take_one, args=(split, over), daemon=True) for split in others]
+        for thread in threads:
+            thread.start()
+        yield from splits[rank].iter_batches(batch_size=rows, batch_format="pyarrow")
+        over.set()
+        for thread in threads:
+            thread.join()
 
-    def take(mine: list[Any]) -> None:
-        batches = [iter(one.iter_batches(batch_size=8, batch_format="pyarrow")) for one in mine]
-        for one in batches:
-            next(one)
-        threading.Event().wait()
 
-    for mine in iterators:
-        threading.Thread(target=take, args=(mine,), daemon=True).start()
+def _take_one(split: Any, over: threading.Event) -> None:
+    with closing(iter(split.iter_batches(batch_size=8, batch_format="pyarrow"))) as batches:
+        next(batches, None)
+        over.wait()
 
 
 def dataset_mix(bed: Bed, order: Order) -> Batches:
     """`Dataset.mix` of a dataset a domain, then `streaming_split`; begun again where it ends."""
     first, *others = _datasets(bed)
     splits = first.mix(*others, weights=bed.weights_d.tolist()).streaming_split(order.world_size, equal=False)
-    _begin_others([[split] for rank, split in enumerate(splits) if rank != order.rank])
-    while True:
-        for table in splits[order.rank].iter_batches(batch_size=order.seat.batch_rows, batch_format="pyarrow"):
-            if len(table) == order.seat.batch_rows:
-                yield _rows_of(table).astype(np.int64)
+    for table in endless(splits, order.rank, order.seat.batch_rows):
+        if len(table) == order.seat.batch_rows:
+            yield rows_of(table).astype(np.int64)
 
 
 def dataset_per_domain(bed: Bed, order: Order) -> Batches:
     """A dataset a domain, each split over the ranks; the consumer draws the domain of every row."""
     splits = [dataset.streaming_split(order.world_size, equal=False) for dataset in _datasets(bed)]
-    others = [rank for rank in range(order.world_size) if rank != order.rank]
-    _begin_others([[split[rank] for split in splits] for rank in others])
 
-    def rows(split: Any) -> Iterator[NDArray[np.uint16]]:
-        while True:
-            for table in split.iter_batches(batch_size=256, batch_format="pyarrow"):
-                yield from _rows_of(table)
+    def rows(of_domain: list[Any]) -> Iterator[NDArray[np.uint16]]:
+        for table in endless(of_domain, order.rank, 256):
+            yield from rows_of(table)
 
-    waiting = [rows(split[order.rank]) for split in splits]
-    ready = [[next(one)] for one in waiting]  # all begun in one order: otherwise the ranks wait for each other
+    waiting = [rows(of_domain) for of_domain in splits]
     draw = np.random.default_rng([order.seat.seed, order.rank])
     while True:
         wide = np.empty((order.seat.batch_rows, ROW_TOKENS), np.int64)
         for place, domain in enumerate(draw.choice(NUM_DOMAINS, order.seat.batch_rows, p=bed.weights_d)):
-            wide[place] = ready[domain].pop() if ready[domain] else next(waiting[domain])
+            wide[place] = next(waiting[domain])
         yield wide
 
 
