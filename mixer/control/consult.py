@@ -124,7 +124,6 @@ def ask_here(request: Mapping[str, Any]) -> Answers:
 def ask_cluster(address: str, request: Mapping[str, Any]) -> Answers:
     import ray  # noqa: PLC0415 (seconds; not for a check of this machine)
     from ray import cloudpickle  # noqa: PLC0415
-    from ray.exceptions import RayError  # noqa: PLC0415
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
     cloudpickle.register_pickle_by_value(examine)  # a node need not have mixer
