@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,10 @@ def fit(
         actor = start_actor(charge)
         client = ControllerClient(actor)
         try:
-            client.note({"kind": "event", "what": "begun", "text": f"attempt of process {os.getpid()}"})
-            trainer = make_trainer(Job(config, rows, follow or client, actor, planned), work)
+            client.call("note", [{"kind": "event", "what": "begun", "text": f"attempt of process {os.getpid()}"}])
+            # Workers run in folders of their own.
+            absolute = replace(config, run=replace(config.run, path=str(folder)))
+            trainer = make_trainer(Job(absolute, rows, follow or client, actor, planned), work)
             error = _run(trainer.fit, client, on_status, every_s)
             status = client.call("status")
             _raise(error, status, config)

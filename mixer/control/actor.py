@@ -262,6 +262,8 @@ class _Run:
     def note(self, records: list[Mapping[str, Any]]) -> None:
         for record in records:
             whole = {"time": time.time(), **record}
+            if whole["kind"] == "event":
+                whole = {"window": None, "steps": None, **whole}
             if self._journal.append(whole):
                 self._last[whole["kind"]] = whole
         if self._tracker is not None and records:
