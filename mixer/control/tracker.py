@@ -55,13 +55,13 @@ class TrackerOptions:
     tags: dict[str, str] = field(default_factory=dict[str, str])
     timeout_s: float = 10.0  # of one request
     every_windows: int = 1  # metrics by domain are sent for every so many windows
-    files_every_windows: int | None = 64  # schedule, config and report; None: at the end only
+    artifacts_every_windows: int | None = 64  # schedule, config, catalog and report; None: at the end only
     max_pause_s: float = 60.0  # between attempts
 
     def __post_init__(self) -> None:
-        if self.every_windows < 1 or (self.files_every_windows is not None and self.files_every_windows < 1):
+        if self.every_windows < 1 or (self.artifacts_every_windows is not None and self.artifacts_every_windows < 1):
             raise ConfigError(
-                f"every_windows={self.every_windows}, files_every_windows={self.files_every_windows}; they need to be "
+                f"every_windows={self.every_windows}, artifacts_every_windows={self.artifacts_every_windows}; they need to be "
                 "at least 1."
             )
         if not (self.timeout_s > 0 and self.max_pause_s > 0):
@@ -252,7 +252,7 @@ class MlflowTracker:
         while (batch := self._outbox.next()) and not self._is_late:
             self._send(client, run_id, batch)
             self._outbox.note(batch)
-        position, every = self._outbox.position, self._options.files_every_windows
+        position, every = self._outbox.position, self._options.artifacts_every_windows
         if closing or (every and position.window - position.files >= every):
             with staged(self._folder, None if closing else SNAPSHOT_BYTES) as copies:
                 client.log_artifacts(run_id, str(copies))

@@ -301,7 +301,7 @@ def test_no_tracker_and_bad_options(folder):
     tracker.close(1)
     assert isinstance(tracker, NoTracker) and tracker.behind == 0
     bad: dict[str, Any]
-    for bad in ({"every_windows": 0}, {"files_every_windows": 0}, {"timeout_s": 0}, {"experiment": ""}):
+    for bad in ({"every_windows": 0}, {"artifacts_every_windows": 0}, {"timeout_s": 0}, {"experiment": ""}):
         with pytest.raises(ConfigError, match=f"{next(iter(bad))}"):
             TrackerOptions(**bad)
 
