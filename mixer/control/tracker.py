@@ -61,8 +61,8 @@ class TrackerOptions:
     def __post_init__(self) -> None:
         if self.every_windows < 1 or (self.artifacts_every_windows is not None and self.artifacts_every_windows < 1):
             raise ConfigError(
-                f"every_windows={self.every_windows}, artifacts_every_windows={self.artifacts_every_windows}; they need to be "
-                "at least 1."
+                f"every_windows={self.every_windows}, artifacts_every_windows={self.artifacts_every_windows}; "
+                "they need to be at least 1."
             )
         if not (self.timeout_s > 0 and self.max_pause_s > 0):
             raise ConfigError(
