@@ -24,10 +24,12 @@ from tests.control.tracking import (
     expected,
     make_run,
     make_schedule,
+    many,
     records_of,
     rows_in,
     settle,
     wait_for,
+    window_record,
 )
 
 SCHEDULE = make_schedule()
@@ -153,6 +155,19 @@ def test_by_domain_for_every_so_many_windows_only(home, folder):
     rows = home.rows(folder)
     assert {step for key, step, _, _ in rows if key.startswith(("weight/", "tokens/", "policy/reward"))} == {16, 32}
     assert {step for key, step, _, _ in rows if key == "train/loss"} == set(range(4, 36, 4))
+
+
+def test_thousands_of_domains_are_shown_less_often(home, folder):
+    catalog = many(600)
+    schedule = make_schedule(6, catalog, rows=600)
+    journal = make_run(folder)
+    for window in range(6):
+        journal.append(window_record(window, catalog))
+    home.open(TrackerOptions(), folder, schedule).close(60)
+    rows = home.rows(folder)
+    assert {step for key, step, _, _ in rows if "/domain_x2F_" in key} == {12, 24}
+    assert len([key for key, step, _, _ in rows if key.startswith("tokens/") and step == 24]) == 600
+    assert {step for key, step, _, _ in rows if key == "train/loss"} == set(range(4, 28, 4))
 
 
 def test_what_the_run_is(home, folder):
