@@ -422,24 +422,30 @@ def test_a_store_that_keeps_what_it_is_given_twice(folder, monkeypatch, tmp_path
     """MLflow's files: no request is whole or not at all there, and the same row twice is two rows."""
     import mlflow
 
+    def found() -> list:
+        client = mlflow.MlflowClient(uri)
+        keys = {row[0] for row in wanted}
+        histories = [client.get_metric_history(tracker.run_id or "", key) for key in keys]
+        return sorted((m.key, m.step, m.timestamp, m.value) for history in histories for m in history)
+
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    Uncertain(monkeypatch, random.Random(5), 0.3)
-    monkeypatch.setattr("mixer.control.tracker.FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr("mixer.control.outbox.BATCH_METRICS", 150)
+    uri = (tmp_path / "files").as_uri()
     make_run(folder, 12)
-    tracker = MlflowTracker(TrackerOptions(uri=(tmp_path / "files").as_uri(), max_pause_s=0.01), folder, SCHEDULE)
-    tracker.close(60)
-    assert tracker.behind == 0
-    monkeypatch.undo()
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    client = mlflow.MlflowClient((tmp_path / "files").as_uri())
     wanted = expected(folder, SCHEDULE)
-    found = [
-        (m.key, m.step, m.timestamp, m.value)
-        for key in {row[0] for row in wanted}
-        for m in client.get_metric_history(tracker.run_id or "", key)
-    ]
-    assert sorted(found) == wanted
+    with monkeypatch.context() as faults:
+        Uncertain(faults, random.Random(5), 0.3)
+        faults.setattr("mixer.control.tracker.FIRST_PAUSE_S", 0.001)
+        faults.setattr("mixer.control.outbox.BATCH_METRICS", 150)
+        tracker = MlflowTracker(TrackerOptions(uri=uri, max_pause_s=0.01), folder, SCHEDULE)
+        tracker.close(60)
+        assert tracker.behind == 0
+    assert found() == wanted
+    position = json.loads((folder / "tracker.json").read_text())  # as a process leaves it that dies before noting
+    (folder / "tracker.json").write_text(json.dumps(position | {"offset": 0, "last": {}, "tokens": {}}))
+    tracker = MlflowTracker(TrackerOptions(uri=uri), folder, SCHEDULE)
+    assert tracker.behind == 27
+    tracker.close(60)
+    assert tracker.behind == 0 and found() == wanted
 
 
 def test_a_run_that_came_late_is_taken_back(sqlite, folder):
@@ -461,6 +467,15 @@ def test_a_run_that_came_late_is_taken_back(sqlite, folder):
     assert client.get_run(double).info.lifecycle_stage == "deleted"
     assert client.get_run(other).info.lifecycle_stage == "active"
     assert sqlite.rows(folder) == expected(folder, SCHEDULE)
+    empty = folder.with_name("empty")
+    make_run(empty)
+    tracker = sqlite.open(TrackerOptions(), empty)
+    wait_for(lambda: tracker.run_id)
+    tracker.close(30)
+    position = json.loads((empty / "tracker.json").read_text())
+    (empty / "tracker.json").write_text(json.dumps(position | {"attempts": 2}))
+    sqlite.open(TrackerOptions(), empty).close(30)
+    assert client.get_run(tracker.run_id or "").info.lifecycle_stage == "active"  # not a double of itself
 
 
 KILLED = """
