@@ -234,6 +234,9 @@ def test_the_runs_status_follows_its_events(home, folder, events, status):
         journal.append(event(what))
     home.open(TrackerOptions(), folder).close(30)
     assert home.status(folder) == status
+    if isinstance(home, Mlflow):
+        ended = any(what in ("finished", "stopped") for what in events)
+        assert home.run(folder).info.end_time == (1_700_000_000_000 if ended and status != "RUNNING" else None)
 
 
 def test_damage_is_left_out(home, folder, caplog):
