@@ -26,7 +26,8 @@ optimizer steps trained after the record's window.
     eval/<set>/loss                  evaluation: sets                  mean nats a token
     eval/<set>/bits_per_byte         evaluation: sets
 
-What is null or missing in a record is no metric. Those by domain are made for every n-th window only, if so asked.
+What is null or missing in a record is no metric. Those by domain are made for every n-th window only, see
+`TrackerOptions.every_windows`.
 
 In a name letters, digits, `_`, `-`, `.` and spaces stand for themselves; any other character of a domain's name is
 written `_xHEX_` (`web/news` is `web_x2F_news`), and so is a `_` before an `x`, so that it can be undone and two domains

@@ -42,6 +42,7 @@ PARAMS_A_REQUEST = 100
 WARN_EVERY_S = 3600.0
 FIRST_PAUSE_S = 0.5  # after a failure; doubled with each further one
 LOCK_PATIENCE_S = 60.0
+DOMAINS_A_WINDOW = 256  # about whose metrics a window may add, if nobody says otherwise
 SNAPSHOT_BYTES = 64 << 20  # a larger file is sent at the end only
 
 
@@ -54,15 +55,15 @@ class TrackerOptions:
     parent: str | None = None  # id of the run that this one belongs to
     tags: dict[str, str] = field(default_factory=dict[str, str])
     timeout_s: float = 10.0  # of one request
-    every_windows: int = 1  # metrics by domain are sent for every so many windows
-    files_every_windows: int | None = 64  # schedule, config and report; None: at the end only
+    every_windows: int | None = None  # between metrics by domain; None: one more for each 256 domains
+    artifacts_every_windows: int | None = 64  # schedule, config, catalog and report; None: at the end only
     max_pause_s: float = 60.0  # between attempts
 
     def __post_init__(self) -> None:
-        if self.every_windows < 1 or (self.files_every_windows is not None and self.files_every_windows < 1):
+        if any(every is not None and every < 1 for every in (self.every_windows, self.artifacts_every_windows)):
             raise ConfigError(
-                f"every_windows={self.every_windows}, files_every_windows={self.files_every_windows}; they need to be "
-                "at least 1."
+                f"every_windows={self.every_windows}, artifacts_every_windows={self.artifacts_every_windows}; "
+                "they need to be at least 1."
             )
         if not (self.timeout_s > 0 and self.max_pause_s > 0):
             raise ConfigError(
@@ -70,6 +71,10 @@ class TrackerOptions:
             )
         if not self.experiment:
             raise ConfigError("experiment is empty. Name the experiment that the run belongs to.")
+
+    def every(self, num_domains: int) -> int:
+        """Windows between metrics by domain; thousands of domains in each would keep a store busier than training."""
+        return self.every_windows or -(-num_domains // DOMAINS_A_WINDOW)
 
 
 class Tracker(Protocol):
@@ -125,7 +130,7 @@ class MemoryTracker:
         self, options: TrackerOptions, folder: Path, schedule: MixtureSchedule, store: MemoryStore | None = None
     ) -> None:
         self.store = store or MemoryStore()
-        self._outbox = Outbox(folder, schedule, "memory", every_windows=options.every_windows)
+        self._outbox = Outbox(folder, schedule, "memory", every_windows=options.every(len(schedule.catalog)))
         self.store.params |= params_of(folder)
         self.store.tags |= tags_of(
             folder, schedule, self._outbox.position.run, parent=options.parent, more=options.tags
@@ -162,7 +167,7 @@ class MlflowTracker:
         self._options, self._folder, self._schedule = options, folder, schedule
         self._uri = options.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
         where = f"{redacted(options.uri) if options.uri else 'beside'} {options.experiment}"
-        self._outbox = Outbox(folder, schedule, where, every_windows=options.every_windows)
+        self._outbox = Outbox(folder, schedule, where, every_windows=options.every(len(schedule.catalog)))
         self._in_doubt = True  # records behind the position may have arrived
         self._client: MlflowClient | None = None
         self._warned: float | None = None
@@ -252,7 +257,7 @@ class MlflowTracker:
         while (batch := self._outbox.next()) and not self._is_late:
             self._send(client, run_id, batch)
             self._outbox.note(batch)
-        position, every = self._outbox.position, self._options.files_every_windows
+        position, every = self._outbox.position, self._options.artifacts_every_windows
         if closing or (every and position.window - position.files >= every):
             with staged(self._folder, None if closing else SNAPSHOT_BYTES) as copies:
                 client.log_artifacts(run_id, str(copies))

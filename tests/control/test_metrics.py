@@ -97,10 +97,10 @@ def test_policy_and_evaluation():
         Metric("policy/reward/b_x2F_c", 2.0, 1000, 12),
     ]
     assert [metric.key for metric in measures(every_windows=2).of(record)] == ["policy/rate"]
-    sets = {"target/code new": {"loss": 2.0, "bits_per_byte": None}, "all": {"loss": 1.0, "bits_per_byte": 0.5}}
-    record = {"kind": "evaluation", "window": -1, "time": 1.0, "steps": 0, "sets": sets}
+    sets = {"target/code new/1": {"loss": 2.0, "bits_per_byte": None}, "all": {"loss": 1.0, "bits_per_byte": 0.5}}
+    record = {"kind": "evaluation", "window": 0, "time": 1.0, "steps": 0, "sets": sets}
     assert list(measures().of(record)) == [
-        Metric("eval/target/code new/loss", 2.0, 1000, 0),
+        Metric("eval/target/code new_x2F_1/loss", 2.0, 1000, 0),
         Metric("eval/all/loss", 1.0, 1000, 0),
         Metric("eval/all/bits_per_byte", 0.5, 1000, 0),
     ]

@@ -24,10 +24,12 @@ from tests.control.tracking import (
     expected,
     make_run,
     make_schedule,
+    many,
     records_of,
     rows_in,
     settle,
     wait_for,
+    window_record,
 )
 
 SCHEDULE = make_schedule()
@@ -155,6 +157,19 @@ def test_by_domain_for_every_so_many_windows_only(home, folder):
     assert {step for key, step, _, _ in rows if key == "train/loss"} == set(range(4, 36, 4))
 
 
+def test_thousands_of_domains_are_shown_less_often(home, folder):
+    catalog = many(600)
+    schedule = make_schedule(6, catalog, rows=600)
+    journal = make_run(folder)
+    for window in range(6):
+        journal.append(window_record(window, catalog))
+    home.open(TrackerOptions(), folder, schedule).close(60)
+    rows = home.rows(folder)
+    assert {step for key, step, _, _ in rows if "/domain_x2F_" in key} == {12, 24}
+    assert len([key for key, step, _, _ in rows if key.startswith("tokens/") and step == 24]) == 600
+    assert {step for key, step, _, _ in rows if key == "train/loss"} == set(range(4, 28, 4))
+
+
 def test_what_the_run_is(home, folder):
     make_run(folder).append(event("begun"))
     options = TrackerOptions(tags={"team": "x", "why?": "https://me:pw@there/"}, parent="0123456789abcdef")
@@ -219,6 +234,9 @@ def test_the_runs_status_follows_its_events(home, folder, events, status):
         journal.append(event(what))
     home.open(TrackerOptions(), folder).close(30)
     assert home.status(folder) == status
+    if isinstance(home, Mlflow):
+        ended = any(what in ("finished", "stopped") for what in events)
+        assert home.run(folder).info.end_time == (1_700_000_000_000 if ended and status != "RUNNING" else None)
 
 
 def test_damage_is_left_out(home, folder, caplog):
@@ -301,7 +319,7 @@ def test_no_tracker_and_bad_options(folder):
     tracker.close(1)
     assert isinstance(tracker, NoTracker) and tracker.behind == 0
     bad: dict[str, Any]
-    for bad in ({"every_windows": 0}, {"files_every_windows": 0}, {"timeout_s": 0}, {"experiment": ""}):
+    for bad in ({"every_windows": 0}, {"artifacts_every_windows": 0}, {"timeout_s": 0}, {"experiment": ""}):
         with pytest.raises(ConfigError, match=f"{next(iter(bad))}"):
             TrackerOptions(**bad)
 
@@ -407,24 +425,30 @@ def test_a_store_that_keeps_what_it_is_given_twice(folder, monkeypatch, tmp_path
     """MLflow's files: no request is whole or not at all there, and the same row twice is two rows."""
     import mlflow
 
+    def found() -> list:
+        client = mlflow.MlflowClient(uri)
+        keys = {row[0] for row in wanted}
+        histories = [client.get_metric_history(tracker.run_id or "", key) for key in keys]
+        return sorted((m.key, m.step, m.timestamp, m.value) for history in histories for m in history)
+
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    Uncertain(monkeypatch, random.Random(5), 0.3)
-    monkeypatch.setattr("mixer.control.tracker.FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr("mixer.control.outbox.BATCH_METRICS", 150)
+    uri = (tmp_path / "files").as_uri()
     make_run(folder, 12)
-    tracker = MlflowTracker(TrackerOptions(uri=(tmp_path / "files").as_uri(), max_pause_s=0.01), folder, SCHEDULE)
-    tracker.close(60)
-    assert tracker.behind == 0
-    monkeypatch.undo()
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    client = mlflow.MlflowClient((tmp_path / "files").as_uri())
     wanted = expected(folder, SCHEDULE)
-    found = [
-        (m.key, m.step, m.timestamp, m.value)
-        for key in {row[0] for row in wanted}
-        for m in client.get_metric_history(tracker.run_id or "", key)
-    ]
-    assert sorted(found) == wanted
+    with monkeypatch.context() as faults:
+        Uncertain(faults, random.Random(5), 0.3)
+        faults.setattr("mixer.control.tracker.FIRST_PAUSE_S", 0.001)
+        faults.setattr("mixer.control.outbox.BATCH_METRICS", 150)
+        tracker = MlflowTracker(TrackerOptions(uri=uri, max_pause_s=0.01), folder, SCHEDULE)
+        tracker.close(60)
+        assert tracker.behind == 0
+    assert found() == wanted
+    position = json.loads((folder / "tracker.json").read_text())  # as a process leaves it that dies before noting
+    (folder / "tracker.json").write_text(json.dumps(position | {"offset": 0, "last": {}, "tokens": {}}))
+    tracker = MlflowTracker(TrackerOptions(uri=uri), folder, SCHEDULE)
+    assert tracker.behind == 27
+    tracker.close(60)
+    assert tracker.behind == 0 and found() == wanted
 
 
 def test_a_run_that_came_late_is_taken_back(sqlite, folder):
@@ -446,6 +470,15 @@ def test_a_run_that_came_late_is_taken_back(sqlite, folder):
     assert client.get_run(double).info.lifecycle_stage == "deleted"
     assert client.get_run(other).info.lifecycle_stage == "active"
     assert sqlite.rows(folder) == expected(folder, SCHEDULE)
+    empty = folder.with_name("empty")
+    make_run(empty)
+    tracker = sqlite.open(TrackerOptions(), empty)
+    wait_for(lambda: tracker.run_id)
+    tracker.close(30)
+    position = json.loads((empty / "tracker.json").read_text())
+    (empty / "tracker.json").write_text(json.dumps(position | {"attempts": 2}))
+    sqlite.open(TrackerOptions(), empty).close(30)
+    assert client.get_run(tracker.run_id or "").info.lifecycle_stage == "active"  # not a double of itself
 
 
 KILLED = """
