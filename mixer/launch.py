@@ -27,7 +27,7 @@ from mixer.core.schedule import MixtureSchedule
 from mixer.data.corpus import CatalogRows
 from mixer.run import Job, RunConfig, RunOptions, make_charge, make_trainer, plan_length, require_same, work
 
-PATIENCE_S = 10.0  # for the tracker at the end
+PATIENCE_S = 30.0  # for the tracker at the end
 Status = dict[str, Any]
 
 

@@ -5,7 +5,7 @@ Nothing is decided here; every part is made by its own module and handed to the 
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,7 +247,7 @@ def make_charge(config: RunConfig, rows: CatalogRows, *, follows: bool = False) 
         rails=config.rails,
         planned_windows=plan_length(config, catalog),
         config=configs.to_text(config),
-        tracker=config.tracker,
+        tracker=replace(config.tracker, tags={"mixer.corpus": rows.corpus.fingerprint} | dict(config.tracker.tags)),
     )
 
 

@@ -30,8 +30,9 @@ from mixer.control.client import ControllerClient, to_plain
 from mixer.control.controller import Controller, ControllerOptions
 from mixer.control.fence import write_whole
 from mixer.control.journal import Journal, read_journal
+from mixer.control.report import write_report
 from mixer.control.rundir import RunDir
-from mixer.control.tracker import MlflowTracker, Tracker, TrackerOptions
+from mixer.control.tracker import Tracker, TrackerOptions, open_tracker
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ResumeError, ScheduleError
 from mixer.core.mixture import Mixture
@@ -106,11 +107,13 @@ class ControllerActor:
         self._opening = threading.Lock()
         self._run: _Run | None = None
         self._changed = asyncio.Event()
-        self._stop = False
+        self._stop = self._closed = False
         self._failure: tuple[str, str] | None = None
 
     def _opened(self) -> "_Run":
         with self._opening:
+            if self._closed:
+                raise ScheduleError(f"the run of {self._charge.folder} has been closed. Start it again to go on.")
             if self._run is None:
                 self._run = _Run(self._charge)
             return self._run
@@ -187,9 +190,8 @@ class ControllerActor:
 
     async def close(self, patience_s: float) -> int:
         """Let go of the run; returns how many records the tracker has not sent."""
-        if self._run is None:
-            return 0
-        return await asyncio.to_thread(self._run.close, patience_s)
+        self._closed, run, self._run = True, self._run, None
+        return await asyncio.to_thread(run.close, patience_s) if run is not None else 0
 
     async def pid(self) -> int:
         return os.getpid()
@@ -225,9 +227,7 @@ class _Run:
             for _, record in read_journal(charge.folder / "journal.jsonl"):
                 self._last[record["kind"]] = record
             self._say_where()
-            self._tracker: Tracker | None = None
-            if charge.tracker.kind == "mlflow":
-                self._tracker = MlflowTracker(charge.tracker, charge.folder, self.schedule)
+            self._tracker: Tracker = open_tracker(charge.tracker, charge.folder, self.schedule)
         except BaseException:
             self._rundir.close()
             raise
@@ -266,7 +266,7 @@ class _Run:
                 whole = {"window": None, "steps": None, **whole}
             if self._journal.append(whole):
                 self._last[whole["kind"]] = whole
-        if self._tracker is not None and records:
+        if records:
             self._tracker.wake()
 
     @property
@@ -284,7 +284,7 @@ class _Run:
             "weights": dict(zip(last.catalog.names, last.weights_d.tolist(), strict=True)) if last else {},
             "last": dict(self._last),
             "counts": dict(self._controller.counts) if self._controller is not None else {},
-            "behind": self._tracker.behind if self._tracker is not None else 0,
+            "behind": self._tracker.behind,
         }
 
     def _say_where(self) -> None:
@@ -301,11 +301,15 @@ class _Run:
             write_whole(self._charge.folder / "live.json", (json.dumps(where) + "\n").encode())
 
     def close(self, patience_s: float) -> int:
-        behind = 0
+        """Writes the report, so that the tracker can send it, and gives the tracker that long to catch up."""
         self._journal.close()
-        if self._tracker is not None:
-            self._tracker.close(patience_s)
-            behind = self._tracker.behind
+        try:
+            write_report(self._charge.folder)
+        except Exception:
+            logger.warning("the report of %s was not written; `mixer report` tries again", self._charge.folder,
+                           exc_info=True)  # fmt: skip
+        self._tracker.close(patience_s)
+        behind = self._tracker.behind
         with contextlib.suppress(OSError):
             (self._charge.folder / "live.json").unlink(missing_ok=True)
         self._rundir.close()
