@@ -21,9 +21,10 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(ready) ## prepare the demo corpus and stream it under a changing mixture
+demo: $(ready) ## prepare the demo corpus and train on it with two workers while a policy moves the weights
 	$(bin)/mixer prepare configs/demo.yaml
-	$(bin)/mixer stream configs/demo.yaml
+	$(bin)/mixer train configs/demo.yaml
+	$(bin)/mixer show schedule runs/demo
 
 # The second run may find no test to run (pytest's 5): that is no failure of the first.
 test: $(ready) ## all tests, the fast ones first

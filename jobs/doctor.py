@@ -16,6 +16,7 @@ from mixer import cli
 from mixer.config import load
 from mixer.control.consult import Concern, Place, consult
 from mixer.control.doctor import Finding, table
+from mixer.data.storage import Storage
 from mixer.run import RunConfig
 
 
@@ -49,7 +50,9 @@ def concern_of(words: list[str]) -> Concern:
     config = load(RunConfig, files, [word for word in words if "=" in word])
     made, read = config.prepare, config.corpus
     places = (Place(key="prepare.output", path=made.output, storage=made.storage),) if made else ()
-    return Concern(places=places, corpus=read.path, corpus_storage=read.storage)
+    places += (Place(key="run.path", path=config.run.path, storage=Storage(), locks=True),)
+    uri = config.tracker.uri if config.tracker.kind == "mlflow" else None
+    return Concern(places=places, corpus=read.path, corpus_storage=read.storage, tracker_uri=uri or "")
 
 
 def print_findings(findings: list[Finding], *, as_json: bool) -> None:

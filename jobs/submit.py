@@ -24,6 +24,8 @@ from mixer.control.submit import Jobs, Order, checked_env, checked_name, command
 from mixer.core.errors import ConfigError
 from mixer.run import RunConfig
 
+RUNS = ("train", "replay")  # verbs that keep a run
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -93,20 +95,21 @@ def order_of(args: argparse.Namespace, verb: str, words: list[str]) -> Order:
         include=args.include,
         limit_bytes=int(args.limit_mb * 1e6),
     )
-    refuse_relative(places_of(words))
+    refuse_relative(places_of(verb, words))
     env, notes = checked_env(args.env)
     for note in notes:
         say(f"note: {note}")
     return Order(verb=verb, name=checked_name(args.name, verb), python=args.python, parcel=parcel, env=env)
 
 
-def places_of(words: list[str]) -> dict[str, str]:
+def places_of(verb: str, words: list[str]) -> dict[str, str]:
     """Where a job's configuration says that data lie, by option; nothing for a verb without configurations."""
     files = [word for word in words if is_config(word) and Path(word).is_file()]
     if not files:
         return {}
     config = load(RunConfig, files, [word for word in words if "=" in word and not word.startswith("-")])
-    return {"prepare.output": config.prepare.output if config.prepare else "", "corpus.path": config.corpus.path}
+    places = {"prepare.output": config.prepare.output if config.prepare else "", "corpus.path": config.corpus.path}
+    return places | ({"run.path": config.run.path} if verb in RUNS else {})
 
 
 def print_jobs(jobs: Jobs) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mixer import cli
 from mixer.config import load
+from mixer.control.description import redacted
 from mixer.launch import Finish, Status, fit
 from mixer.run import RunConfig, open_rows
 
@@ -83,6 +84,12 @@ def closing(config: RunConfig, finish: Finish) -> str:
             loss = "-" if one.get("loss") is None else f"{one['loss']:.4f}"
             bits = one.get("bits_per_byte")
             lines.append(f"  {name:<32} loss {loss}" + ("" if bits is None else f"  {bits:.4f} bits per byte"))
+    if (config.run.folder / "report" / "report.html").exists():
+        lines.append(f"look at it: {config.run.folder / 'report' / 'report.html'}")
+    if config.tracker.kind == "mlflow":
+        store = config.tracker.uri or f"sqlite:///{config.run.folder.parent / 'mlflow.db'}"
+        shown = f"--backend-store-uri {redacted(store)}" if "://" in store and not store.startswith("http") else ""
+        lines.append(f"in MLflow: mlflow ui {shown}" if shown else f"in MLflow: {redacted(store)}")
     if finish.behind:
         lines.append(f"the tracker is {finish.behind} records behind; the next start of this run sends them")
     if finish.ending == "stopped":

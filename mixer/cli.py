@@ -7,6 +7,7 @@ once; only the verb that was asked for is imported.
 import ast
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -65,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         text = str(origin if isinstance(origin, MixerError) else error)
         sys.stderr.write(f"mixer: {' '.join(text.split())}\n")
         return 2
+    except BrokenPipeError:  # who read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         sys.stderr.write("mixer: interrupted\n")
         return 130

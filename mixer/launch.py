@@ -20,6 +20,7 @@ import ray
 
 from mixer.control.actor import NAMESPACE, find_actor, start_actor
 from mixer.control.client import ControllerClient
+from mixer.control.doorway import cluster_inside
 from mixer.control.fence import require_free
 from mixer.core import errors
 from mixer.core.errors import MixerError, ResumeError, ScheduleError
@@ -55,7 +56,7 @@ def ray_for(options: RunOptions) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = options.address or cluster_inside(os.environ) or "local"
     own: dict[str, Any] = {}
     if address == "local":
         memory = options.object_store_mb
@@ -64,10 +65,14 @@ def ray_for(options: RunOptions) -> Iterator[None]:
             "object_store_memory": memory * 1_000_000 if memory else None,
             "include_dashboard": False,
         }
+    token = Path.home() / ".ray" / "auth_token"
+    is_new = not token.exists()
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise MixerError(f"no Ray at {address}: {error}. Correct run.address, or start one here without it.") from error
+    if is_new and token.exists():
+        token.chmod(0o600)  # Ray writes it so that everybody can read it
     try:
         yield
     finally:

@@ -81,7 +81,8 @@ def environment(tmp_path_factory) -> dict[str, str]:
     for name, words in {"mixer": "-m mixer.cli", "python": ""}.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words} "$@"\n')
         (folder / name).chmod(0o755)
-    return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": "."}
+    home = str(tmp_path_factory.mktemp("home"))  # where Ray keeps its token
+    return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ".", "HOME": home}
 
 
 @pytest.mark.parametrize("block", BLOCKS)
