@@ -138,8 +138,8 @@ def _is_away() -> bool:
 def _kill(kind: str, client: ControllerClient, driver: int) -> None:
     pid = {"rank": os.getpid, "node": os.getppid, "controller": lambda: client.call("pid"), "driver": lambda: driver}
     os.kill(pid[kind](), signal.SIGKILL)
-    if kind == "node":
-        time.sleep(600)  # the node's processes end when they see that it is gone
+    if kind in ("node", "driver"):
+        time.sleep(600)  # until Ray ends this process too, which takes longer than a small run
 
 
 def _first_time(folder: Path, fault: Fault) -> bool:
