@@ -224,10 +224,13 @@ class _Run:
                 self._rundir.schedule.check_resume(charge.catalog, charge.geometry)
             self._journal = Journal(charge.folder / "journal.jsonl")
             self._last: dict[str, dict[str, Any]] = {}
+            self._begun = False  # whether workers were started since the driver was
             for _, record in read_journal(charge.folder / "journal.jsonl"):
-                self._last[record["kind"]] = record
+                self._keep(record)
             self._say_where()
             self._tracker: Tracker = open_tracker(charge.tracker, charge.folder, self.schedule)
+            if again:
+                self.note([{"kind": "event", "what": "restart", "text": "the controller"}])
         except BaseException:
             self._rundir.close()
             raise
@@ -259,13 +262,19 @@ class _Run:
             self.note([{"kind": "policy", "window": signal.window, "values": values}] if values else [])
         return following
 
+    def _keep(self, record: dict[str, Any]) -> None:
+        self._last[record["kind"]] = record
+        if record.get("what") in ("begun", "workers"):
+            self._begun = record["what"] == "workers"
+
     def note(self, records: list[Mapping[str, Any]]) -> None:
         for record in records:
             whole = {"time": time.time(), **record}
             if whole["kind"] == "event":
-                whole = {"window": None, "steps": None, **whole}
+                again = whole["what"] == "workers" and self._begun
+                whole = {"window": None, "steps": None, **whole} | ({"what": "restart"} if again else {})
             if self._journal.append(whole):
-                self._last[whole["kind"]] = whole
+                self._keep(whole)
         if records:
             self._tracker.wake()
 

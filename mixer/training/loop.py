@@ -205,6 +205,8 @@ class _Loop:
     def run(self) -> Ending:
         parts, geometry = self.parts, self.parts.geometry
         end = parts.planned_windows * geometry.window_steps
+        if self.rank == 0:
+            self._event("workers", f"{self.world_size} on {self.device.type}")
         if isinstance(self._call, DistributedDataParallel):
             self._settle_buckets()
         self._resume()
@@ -221,8 +223,8 @@ class _Loop:
                 self._save(wait=True)
             if asked.stop:
                 return self._finish("stopped")
-            if asked.look:
-                self._notice.look()
+            if asked.look and (news := self._notice.look()) and self.rank == 0:
+                self._event("preemption", news)
             if batch.step == 0:
                 self._enter(batch.window)
             if self._trace:
@@ -436,13 +438,14 @@ class _Notice:
     def is_due(self) -> bool:
         return time.monotonic() >= self._next_s
 
-    def look(self) -> None:
-        """All ranks must do so together."""
+    def look(self) -> str:
+        """What is new, if anything; all ranks must look together."""
         info = ray.train.get_preemption_info() if hasattr(ray.train, "get_preemption_info") else None
         self._next_s = time.monotonic() + NOTICE_EVERY_S
-        if info is not None and info != self._seen:
-            logger.warning("nodes %s will be taken away; saving now", ", ".join(info.preempted_node_ids))
-            self.save, self._seen = True, info
+        if info is None or info == self._seen:
+            return ""
+        self.save, self._seen = True, info
+        return f"nodes {', '.join(info.preempted_node_ids)} will be taken away; saving now"
 
 
 def _device() -> torch.device:
