@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "mixer"
 ROWS_AT_ONCE = 64
+ENDINGS = ("finished", "stopped", "bad_loss")  # events by which the workers say how they ended
 WAIT_S = 20.0  # a question for rows waits so long in the actor before it is asked anew
 CALLS_AT_ONCE = 10_000  # every rank's reader may wait for a row
 
@@ -224,8 +225,9 @@ class _Run:
                 self._rundir.schedule.check_resume(charge.catalog, charge.geometry)
             self._journal = Journal(charge.folder / "journal.jsonl")
             self._last: dict[str, dict[str, Any]] = {}
+            self._ending = ""
             for _, record in read_journal(charge.folder / "journal.jsonl"):
-                self._last[record["kind"]] = record
+                self._keep(record)
             self._say_where()
             self._tracker: Tracker = open_tracker(charge.tracker, charge.folder, self.schedule)
         except BaseException:
@@ -265,9 +267,14 @@ class _Run:
             if whole["kind"] == "event":
                 whole = {"window": None, "steps": None, **whole}
             if self._journal.append(whole):
-                self._last[whole["kind"]] = whole
+                self._keep(whole)
         if records:
             self._tracker.wake()
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self._last[record["kind"]] = record
+        if record["kind"] == "event" and record["what"] in ENDINGS:
+            self._ending = record["what"]
 
     @property
     def decider(self) -> Controller:
@@ -283,6 +290,7 @@ class _Run:
             "decided": len(self.schedule),
             "weights": dict(zip(last.catalog.names, last.weights_d.tolist(), strict=True)) if last else {},
             "last": dict(self._last),
+            "ending": self._ending,
             "counts": dict(self._controller.counts) if self._controller is not None else {},
             "behind": self._tracker.behind,
         }
