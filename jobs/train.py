@@ -8,6 +8,7 @@ from typing import Any
 from mixer import cli
 from mixer.config import load
 from mixer.control.description import redacted
+from mixer.data.corpus import CatalogRows
 from mixer.launch import Finish, Status, fit
 from mixer.run import RunConfig, open_rows
 
@@ -25,7 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     files = [one for one in args.config if "=" not in one]
     config = load(RunConfig, files, [one for one in args.config if "=" in one])
-    rows = open_rows(config)
+    return to_the_end(config, open_rows(config))
+
+
+def to_the_end(config: RunConfig, rows: CatalogRows) -> int:
+    """Train, and tell of it; the exit status."""
     lines = Lines()
     print(f"run {config.run.folder}", flush=True)
     try:

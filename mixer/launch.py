@@ -22,11 +22,13 @@ from mixer.control.actor import NAMESPACE, find_actor, start_actor
 from mixer.control.client import ControllerClient
 from mixer.control.doorway import cluster_inside
 from mixer.control.fence import require_free
+from mixer.control.replay import REPLAY
+from mixer.control.rundir import load_origin, load_schedule
 from mixer.core import errors
 from mixer.core.errors import MixerError, ResumeError, ScheduleError
 from mixer.core.schedule import MixtureSchedule
 from mixer.data.corpus import CatalogRows
-from mixer.run import Job, RunConfig, RunOptions, make_charge, make_trainer, plan_length, require_same, work
+from mixer.run import Job, RunConfig, RunOptions, make_charge, make_trainer, older_rows, plan_length, require_same, work
 
 PATIENCE_S = 30.0  # for the tracker at the end
 Status = dict[str, Any]
@@ -83,20 +85,24 @@ def fit(
     config: RunConfig,
     rows: CatalogRows,
     *,
-    follow: MixtureSchedule | None = None,
     work: Callable[[Job], None] = work,
     on_status: Callable[[Status], None] = lambda status: None,
     every_s: float = 0.5,
 ) -> Finish:
-    """Begin the run, or go on with it, until it ends; `follow` is the saved schedule of a replay, `work` what
-    every worker does."""
+    """Begin the run, or go on with it, until it ends; `work` is what every worker does. A folder that was made to
+    repeat a schedule repeats it."""
     folder = config.run.folder
     if folder.exists():
         require_free(folder)
+    followed: MixtureSchedule | None = None
     if (folder / "schedule.jsonl").exists():
         require_same(config, folder)
+        if (load_origin(folder) or {}).get("kind") == REPLAY:
+            followed = load_schedule(folder)
+            followed.check_resume(rows.catalog, config.geometry)
     planned = plan_length(config, rows.catalog)
-    charge = make_charge(config, rows, follows=follow is not None)
+    charge = make_charge(config, rows, follows=followed is not None)
+    older = older_rows(followed, rows) if followed else ()
     folder.mkdir(parents=True, exist_ok=True)
     with ray_for(config.run):
         actor = start_actor(charge)
@@ -105,11 +111,11 @@ def fit(
             client.call("note", [{"kind": "event", "what": "begun", "text": f"attempt of process {os.getpid()}"}])
             # Workers run in folders of their own.
             absolute = replace(config, run=replace(config.run, path=str(folder)))
-            trainer = make_trainer(Job(absolute, rows, follow or client, actor, planned), work)
+            trainer = make_trainer(Job(absolute, rows, followed or client, actor, planned, older), work)
             error = _run(trainer.fit, client, on_status, every_s)
             status = client.call("status")
             _raise(error, status, config)
-            ending = status["last"].get("event", {}).get("what", "")
+            ending = status["ending"]
             behind = client.call("close", PATIENCE_S)
             return Finish(ending, status, behind)
         finally:
@@ -133,13 +139,12 @@ def _run(
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     with _Asked() as asked:
         thread.start()
-        told = False
         while thread.is_alive():
             thread.join(every_s)
-            if asked.times and not told:
-                told = True
+            status = client.call("status")
+            if asked.times and not status["stop"]:  # told again to an actor that was restarted
                 client.call("stop", asked.why)
-            on_status(client.call("status"))
+            on_status(status)
     return failed[0] if failed else None
 
 

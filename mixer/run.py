@@ -118,16 +118,21 @@ MAY_DIFFER = (
 
 def require_same(config: RunConfig, folder: Path) -> None:
     """Refuse to go on with the run in `folder` under options that would make it another run."""
-    before = _flat(configs.to_plain(configs.load(RunConfig, [folder / "run.yaml"])))
-    now = _flat(configs.to_plain(config))
-    for key in sorted(before.keys() | now.keys()):
+    for key, old, new in differences(configs.load(RunConfig, [folder / "run.yaml"]), config):
+        raise ResumeError(
+            f"resume refused: {folder / 'run.yaml'} has {key}={old}, this config has {new}. The run would not be "
+            f"the same any more. Use {old}, start another run with run.path=..., or fork this one."
+        )
+
+
+def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The options, with both values, by which two configs would train differently."""
+    old, new = _flat(configs.to_plain(before)), _flat(configs.to_plain(now))
+    for key in sorted(old.keys() | new.keys()):
         if any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER):
             continue
-        if (old := before.get(key)) != (new := now.get(key)):
-            raise ResumeError(
-                f"resume refused: {folder / 'run.yaml'} has {key}={old}, this config has {new}. The run would not be "
-                f"the same any more. Use {old}, start another run with run.path=..., or fork this one."
-            )
+        if old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)
 
 
 def _flat(value: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -228,10 +233,29 @@ class Job:
     feed: Any  # a MixtureFeed: the controller's client, or a saved schedule
     actor: Any
     planned_windows: int
+    older: tuple[CatalogRows, ...] = ()  # catalogs that a saved schedule switches from
 
 
 def plan_length(config: RunConfig, catalog: Catalog) -> int:
     return config.train.planned_windows(config.geometry.window_slots * catalog.row_tokens)
+
+
+def older_rows(schedule: MixtureSchedule, rows: CatalogRows) -> tuple[CatalogRows, ...]:
+    """Those of the catalogs that a schedule switches from, each of which must be a part of the last one."""
+    found: dict[str, CatalogRows] = {}
+    for window in [0, *schedule.switches]:
+        catalog = schedule.row(window).catalog
+        if catalog.fingerprint == rows.catalog.fingerprint or catalog.fingerprint in found:
+            continue
+        known = {name: rows.spans_of(place) for name, place in rows.catalog.index.items() if name in catalog.index}
+        part = CatalogRows(rows.corpus, known) if known else rows
+        if part.catalog.fingerprint != catalog.fingerprint:
+            raise ResumeError(
+                f"window {window} of the schedule is bound to a catalog that is no part of this one: "
+                f"{'; '.join(catalog.differences(part.catalog)[:5])}. Use a catalog that holds all of its domains."
+            )
+        found[catalog.fingerprint] = part
+    return tuple(found.values())
 
 
 def make_charge(config: RunConfig, rows: CatalogRows, *, follows: bool = False) -> Charge:
@@ -270,7 +294,7 @@ def make_parts(job: Job, client: ControllerClient) -> Parts:
     def batches(*, rank: int, world_size: int, cursor: Cursor) -> Iterator[Any]:
         return iter(
             WindowStream(
-                rows,
+                [rows, *job.older],
                 job.feed,
                 config.geometry,
                 rank=rank,

@@ -286,5 +286,5 @@ def test_what_the_readme_sends_would_not_be_refused(monkeypatch):
     ]
     assert len(found) == 4
     for words in found:
-        refuse_relative(places_of(words))
+        refuse_relative(places_of("prepare", words))
         assert "configs/demo.yaml" in pack(words, here=ROOT, project=ROOT).files

@@ -25,6 +25,7 @@ FLOORS = {
     "mixer.config": 4,
     "mixer.run": 4,
     "mixer.launch": 4,
+    "mixer.branch": 4,
     "jobs": 4,
 }
 # What a floor may use beside the standard library; "ray" is its core alone, its libraries are named.

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "mixer"
 ROWS_AT_ONCE = 64
+ENDINGS = ("finished", "stopped", "bad_loss")  # events by which the workers say how they ended
 WAIT_S = 20.0  # a question for rows waits so long in the actor before it is asked anew
 CALLS_AT_ONCE = 10_000  # every rank's reader may wait for a row
 
@@ -225,6 +226,7 @@ class _Run:
             self._journal = Journal(charge.folder / "journal.jsonl")
             self._last: dict[str, dict[str, Any]] = {}
             self._begun = False  # whether workers were started since the driver was
+            self._ending = ""
             for _, record in read_journal(charge.folder / "journal.jsonl"):
                 self._keep(record)
             self._say_where()
@@ -264,8 +266,11 @@ class _Run:
 
     def _keep(self, record: dict[str, Any]) -> None:
         self._last[record["kind"]] = record
-        if record.get("what") in ("begun", "workers"):
-            self._begun = record["what"] == "workers"
+        what = record["what"] if record["kind"] == "event" else ""
+        if what in ("begun", "workers"):
+            self._begun = what == "workers"
+        if what in ENDINGS:
+            self._ending = what
 
     def note(self, records: list[Mapping[str, Any]]) -> None:
         for record in records:
@@ -292,6 +297,7 @@ class _Run:
             "decided": len(self.schedule),
             "weights": dict(zip(last.catalog.names, last.weights_d.tolist(), strict=True)) if last else {},
             "last": dict(self._last),
+            "ending": self._ending,
             "counts": dict(self._controller.counts) if self._controller is not None else {},
             "behind": self._tracker.behind,
         }

@@ -16,6 +16,7 @@ from mixer.core.errors import ResumeError
 from mixer.core.plan import Geometry
 from mixer.core.schedule import MixtureSchedule
 
+REPLAY = "replay"  # the kind of such a folder, in its origin.json
 SHOWN = 8  # differences that an error text spells out
 
 
@@ -37,7 +38,7 @@ def prepare_replay(
     saved = load_schedule(source)
     schedule = _fitted(saved, source, catalog, geometry, windows or len(saved), stretch)
     origin = {
-        "kind": "replay",
+        "kind": REPLAY,
         "source": str(source.absolute()),
         "windows": len(saved),
         "stretched": schedule is not saved,

@@ -390,6 +390,7 @@ class _Loop:
         self._cursor, self._tokens = saved.cursor, saved.tokens
         if saved.sums is not None:
             self._losses = DomainLosses(saved.sums.shape[1], self.device)
+            self._losses.count_skipped(torch.tensor(saved.extra.get("skipped_steps", 0), device=self.device))
             if self.rank == 0:
                 self._losses.sums.copy_(saved.sums)
         if self.rank == 0:
@@ -400,11 +401,13 @@ class _Loop:
         if self.rank == 0:
             self.parts.sink.settle()
         sums: Tensor | None = None
+        extra: dict[str, Any] = {}
         if self._cursor.step:
             sums = self._losses.sums.clone()
             dist.all_reduce(sums)
+            extra["skipped_steps"] = self._losses.skipped_steps
         steps = self._cursor.steps(self.parts.geometry)
-        saved = Saved(cursor=self._cursor, sums=sums, tokens=self._tokens, extra={})
+        saved = Saved(cursor=self._cursor, sums=sums, tokens=self._tokens, extra=extra)
         self._checkpoints.save(self.model, self.optimizer, saved, geometry_steps=steps, wait=wait)
         if self.rank == 0:
             self._event("checkpoint", f"{steps} steps")

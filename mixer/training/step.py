@@ -174,6 +174,11 @@ class DomainLosses:
     def count_skipped(self, skipped: Tensor) -> None:
         self._counts[1] += skipped
 
+    @property
+    def skipped_steps(self) -> int:
+        """So far; waits for the device."""
+        return int(self._counts[1])
+
     def close(self, window: int, catalog: str) -> WindowLosses:
         """The window's measurement; the sums are zero again."""
         parts = [self.sums.flatten(), self._counts, self._named.flatten()]

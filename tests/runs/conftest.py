@@ -16,5 +16,5 @@ def texts(tmp_path_factory):
 def undisturbed(texts, tmp_path_factory, ray_session):
     """The run that nothing happened to."""
     config = config_of(texts, tmp_path_factory.mktemp("runs") / "undisturbed")
-    assert fit(config, open_rows(config), work=work_with([])).ending == "finished"
+    assert fit(config, open_rows(config), work=work_with()).ending == "finished"
     return Outcome.of(config)

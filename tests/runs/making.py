@@ -1,10 +1,10 @@
-"""Small whole runs, and faults at chosen steps of them."""
+"""Small whole runs, and what happens at chosen steps of them."""
 
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from mixer.config import load
 from mixer.control.client import ControllerClient
+from mixer.control.journal import read_journal
 from mixer.core.errors import MixerError
 from mixer.core.plan import Cursor
 from mixer.data.prepare import PrepareOptions, prepare
@@ -34,30 +35,38 @@ WORDS = {
 
 def make_texts(folder: Path) -> None:
     """Three domains that a model learns at different speeds, and one target."""
-    prepare(
-        PrepareOptions(
-            output=str(folder),
-            domains={name: SourceOptions(files=(_write(folder, name, words),)) for name, words in WORDS.items()},
-            targets={"sums": SourceOptions(files=(_write(folder, "sums", WORDS["counting"] + WORDS["greek"]),))},
-            row_tokens=32,
-            tokenizer=TokenizerOptions(kind="byte"),
-            validation_share=0.05,
-        ),
-        SerialRunner(),
+    both = WORDS["counting"] + WORDS["greek"]
+    for name, words in (WORDS | {"more": both, "sums": both}).items():
+        _write(folder, name, words)
+    prepare(prepare_options(folder, folder, *WORDS), SerialRunner())
+
+
+def prepare_options(texts: Path, output: Path, *domains: str) -> PrepareOptions:
+    raw = {name: SourceOptions(files=(f"{texts}/raw/{name}.txt",)) for name in (*WORDS, "more", "sums")}
+    return PrepareOptions(
+        output=str(output),
+        domains={name: raw[name] for name in domains},
+        targets={"sums": raw["sums"]},
+        row_tokens=32,
+        tokenizer=TokenizerOptions(kind="byte"),
+        validation_share=0.05,
     )
 
 
-def _write(folder: Path, name: str, words: list[str]) -> str:
+def _write(folder: Path, name: str, words: list[str]) -> None:
     draw = random.Random(name)
     path = folder / "raw" / f"{name}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(" ".join(draw.choices(words, k=40)) for _ in range(300)))
-    return str(path)
 
 
 def config_of(texts: Path, folder: Path, *overrides: str) -> RunConfig:
     """A run of a few seconds, two workers, weights that move in every window."""
-    plain = [
+    return load(RunConfig, (), options_of(texts, folder, *overrides))
+
+
+def options_of(texts: Path, folder: Path, *overrides: str) -> list[str]:
+    return [
         f"run.path={folder}",
         f"corpus.path={texts}/train",
         f"train.windows={WINDOWS}",
@@ -77,12 +86,13 @@ def config_of(texts: Path, folder: Path, *overrides: str) -> RunConfig:
         "policy.form=paper",
         "policy.smoothing=0.3",
         "checkpoint.every_windows=2",
+        "checkpoint.keep=5",
         "evaluation.every_windows=null",
         "evaluation.at_start=false",
         "evaluation.rows=8",
         "tracker.kind=none",
+        *overrides,
     ]
-    return load(RunConfig, (), [*plain, *overrides])
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,8 @@ class Fault:
     step: int
     rank: int
     kind: str  # rank, controller, driver, node: what is killed. The node is the one without the driver
+    # stop: the run is asked to stop before this step (by rank 0). call: `call` is called.
+    call: Callable[[], object] | None = None
 
 
 def kills(seed: int, kind: str, number: int) -> list[Fault]:
@@ -101,8 +113,15 @@ def kills(seed: int, kind: str, number: int) -> list[Fault]:
     return [Fault(step, draw.randrange(2), kind) for step in steps]
 
 
-def work_with(faults: list[Fault], driver: int = 0):
-    """What every worker does: its work, with the faults."""
+def work_with(
+    faults: Sequence[Fault] = (),
+    *,
+    driver: int = 0,
+    pause_s: Mapping[int, float] | None = None,
+    bad_step: int = -1,
+):
+    """What every worker does: its work, with the faults. Ranks named in `pause_s` wait so long for every batch; the
+    first row that the last rank has in `bad_step` has no finite loss."""
 
     def work(job: Job) -> None:
         client = ControllerClient(job.actor)
@@ -110,6 +129,7 @@ def work_with(faults: list[Fault], driver: int = 0):
             return
         parts = make_parts(job, client)
         folder = job.config.run.folder
+        bad = BadRow()
 
         def batches(*, rank: int, world_size: int, cursor: Cursor) -> Iterator[Any]:
             for batch in parts.batches(rank=rank, world_size=world_size, cursor=cursor):
@@ -117,11 +137,14 @@ def work_with(faults: list[Fault], driver: int = 0):
                 for fault in faults:
                     chosen = _is_away() if fault.kind == "node" else fault.rank == rank
                     if fault.step == step and chosen and _first_time(folder, fault):
-                        _kill(fault.kind, client, driver)
+                        _happens(fault, client, driver)
+                if step == bad_step and rank == world_size - 1:
+                    bad.tokens = torch.as_tensor(batch.tokens[0])
+                time.sleep((pause_s or {}).get(rank, 0.0))
                 yield batch
 
         try:
-            loop.train(replace(parts, batches=batches))
+            loop.train(replace(parts, batches=batches, make_model=lambda: bad.put_into(parts.make_model())))
         except MixerError as error:
             client.fail(error)
             raise
@@ -129,10 +152,40 @@ def work_with(faults: list[Fault], driver: int = 0):
     return work
 
 
+class BadRow:
+    """A row that makes the model's loss of it NaN."""
+
+    def __init__(self) -> None:
+        self.tokens: torch.Tensor | None = None
+
+    def put_into(self, model: torch.nn.Module) -> torch.nn.Module:
+        model.register_forward_hook(self._spoil)
+        return model
+
+    def _spoil(self, _: Any, args: Any, out: Any) -> Any:
+        if self.tokens is None:
+            return out
+        bad_b = (args[0] == self.tokens).all(1)
+        return out._replace(loss_bs=torch.where(bad_b[:, None], torch.nan, out.loss_bs))
+
+
 def _is_away() -> bool:
     """Whether this rank is on another node than the head."""
     here = ray.get_runtime_context().get_node_id()
     return not any("node:__internal_head__" in node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+
+
+def _happens(fault: Fault, client: ControllerClient, driver: int) -> None:
+    if fault.kind == "call":
+        assert fault.call is not None
+        fault.call()
+    elif fault.kind == "stop":
+        client.call("stop", "a test asks")
+        client.note({"kind": "event", "what": "test", "text": "its answer says that the run is to stop"})
+        client.settle()
+        assert client.wants_stop()
+    else:
+        _kill(fault.kind, client, driver)
 
 
 def _kill(kind: str, client: ControllerClient, driver: int) -> None:
@@ -157,6 +210,24 @@ class Outcome:
     schedule: bytes
     rows: dict[int, list[str]]
     weights: dict[str, torch.Tensor]
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run.folder
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [record for _, record in read_journal(self.folder / "journal.jsonl")]
+
+    @property
+    def events(self) -> list[str]:
+        return [record["what"] for record in self.records if record["kind"] == "event"]
+
+    @property
+    def losses(self) -> list[float]:
+        """By window."""
+        return [record["loss"] for record in self.records if record["kind"] == "window"]
 
     @classmethod
     def of(cls, config: RunConfig) -> "Outcome":
@@ -165,12 +236,15 @@ class Outcome:
         assert newest is not None
         model = make_model(config, 257)
         checkpoint.load_model(newest, model)
-        return cls((folder / "schedule.jsonl").read_bytes(), read_trace(folder / "trace"), model.state_dict())
+        return cls((folder / "schedule.jsonl").read_bytes(), read_trace(folder / "trace"), model.state_dict(), config)
 
     def require_same(self, other: "Outcome") -> None:
         assert self.schedule == other.schedule
         assert self.rows == other.rows
-        assert sorted(self.rows) == list(range(WINDOWS * STEPS))
+        assert sorted(self.rows) == list(range(self.config.train.planned_windows(1) * STEPS))
+        self.require_same_weights(other)
+
+    def require_same_weights(self, other: "Outcome") -> None:
         assert self.weights.keys() == other.weights.keys()
         for name, weight in self.weights.items():
             assert torch.equal(weight, other.weights[name]), name
