@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray.train
 
@@ -90,11 +91,8 @@ def train_until(job: Job, window: int | None) -> None:
             sink.asks = number >= 1 if window is None else batch.window >= window
             yield batch
 
-    loop.Checkpoints.load = timed
-    try:
+    with patch.object(loop.Checkpoints, "load", timed):
         loop.train(replace(parts, evaluator=None, batches=batches, sink=sink))
-    finally:
-        loop.Checkpoints.load = load
     if ray.train.get_context().get_world_rank() == 0:
         (job.config.run.folder / MEASURED).write_text(json.dumps(found))
 
@@ -122,7 +120,11 @@ def command(corpus: Corpus, folder: Path, windows: int, model: str) -> float:
     """From the start of a process to the first step."""
     begin = time.time()
     words = [sys.executable, "-m", "tests.bench.first_step", "--once", corpus.root, str(folder), str(windows), model]
-    subprocess.run(words, check=True, capture_output=True, cwd=runs.REPOSITORY, env=runs.environment())
+    done = subprocess.run(
+        words, check=False, capture_output=True, text=True, cwd=runs.REPOSITORY, env=runs.environment()
+    )
+    if done.returncode:
+        raise RuntimeError(f"the run in {folder} failed:\n{done.stderr[-2000:]}")
     return json.loads((folder / MEASURED).read_text())["done"] - begin
 
 
@@ -140,13 +142,17 @@ def measure(corpus: Corpus, folder: Path, given: argparse.Namespace) -> dict[str
     before, found = folder / "before", dict[str, list[dict[str, float]]]({FRESH: [], RESUMED: []})
     with own_ray():
         run(config(corpus, before, given.windows, given.model), given.windows * 9 // 10)
-        for pair in range(given.pairs + 1):
+        print("trained to 90 %", flush=True)
+        for pair in range(-given.warm, given.pairs):
             for name in (FRESH, RESUMED) if pair % 2 else (RESUMED, FRESH):
                 place = folder / f"{name}-{pair}"
                 if name == RESUMED:
                     shutil.copytree(before, place)
                 answer = run(config(corpus, place, given.windows, given.model))
-                if pair:  # the first ones warm up
+                if (answer["load_s"] > 0) != (name == RESUMED):
+                    raise RuntimeError(f"a {name} run loaded a checkpoint for {answer['load_s']} s")
+                print(f"{name} {pair}: first step after {answer['first_step_s']:.2f} s", flush=True)
+                if pair >= 0:  # the first ones warm up
                     found[name].append(answer)
                 shutil.rmtree(place)
     return found
@@ -160,6 +166,7 @@ def measure_command(corpus: Corpus, folder: Path, given: argparse.Namespace) -> 
             if name == RESUMED:
                 shutil.copytree(folder / "before", place)
             seconds.append(command(corpus, place, given.windows, given.model))
+            print(f"{name} {pair}: first step {seconds[-1]:.1f} s after the command", flush=True)
             shutil.rmtree(place)
     return found
 
@@ -167,6 +174,7 @@ def measure_command(corpus: Corpus, folder: Path, given: argparse.Namespace) -> 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--warm", type=int, default=1, help="pairs before those that count")
     parser.add_argument("--commands", type=int, default=3, help="pairs of whole commands")
     parser.add_argument("--windows", type=int, default=300, help="of the run, of which 90 %% are trained")
     parser.add_argument("--model", default="2m")

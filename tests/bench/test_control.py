@@ -94,7 +94,7 @@ def test_every_fault_lies_between_good_health(
 
 @pytest.mark.ray
 def test_a_resumed_run_is_timed_beside_a_fresh_one(tmp_path: Path, ray_session: ModuleType) -> None:
-    given = argparse.Namespace(pairs=1, windows=10, model="0.5m")
+    given = argparse.Namespace(warm=0, pairs=1, windows=10, model="0.5m")
     found = first_step.measure(corpus_of(tmp_path, 16), tmp_path, given)
     fresh, resumed = found["fresh"], found["resumed"]
     assert len(fresh) == len(resumed) == 1

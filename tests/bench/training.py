@@ -1,5 +1,6 @@
 """What the benches of training share: a corpus, a config, the time of every window, loops that take turns."""
 
+import logging
 import os
 import sys
 import threading
@@ -64,7 +65,7 @@ def own_ray(store_bytes: int = 300_000_000) -> Iterator[None]:
         object_store_memory=store_bytes,
         namespace="mixer",
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     try:
         yield

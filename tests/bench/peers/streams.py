@@ -180,6 +180,9 @@ SYSTEMS = {
     "stream": System(batches=window_stream, layout="mixer", module="ray", title="WindowStream", has_windows=True),
     "mosaic": System(batches=mosaic, layout="mds", module="streaming", title="MosaicML Streaming"),
     "mix": System(batches=dataset_mix, layout=PARQUET, module="ray", title="Ray Dataset.mix and streaming_split"),
+    "mix-alone": System(
+        batches=dataset_mix, layout=PARQUET, module="ray", title="Ray Dataset.mix, one rank", world_size=1
+    ),
     "per-domain-alone": System(
         batches=dataset_per_domain, layout=PARQUET, module="ray", title="a Ray dataset a domain, one rank", world_size=1
     ),
