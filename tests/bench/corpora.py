@@ -15,7 +15,13 @@ from mixer.data.shards import Layout, Rows
 VOCABULARY = 30_000
 
 
-def random_corpus(root: Path, num_rows: Mapping[str, int], row_tokens: int, shard_rows: int = 16_384) -> Corpus:
+def random_corpus(
+    root: Path,
+    num_rows: Mapping[str, int],
+    row_tokens: int,
+    shard_rows: int = 16_384,
+    vocabulary: int = VOCABULARY,
+) -> Corpus:
     """A corpus with two documents a row, found again where it was made before."""
     if (root / "manifest.json").exists():
         return Corpus.open(root)
@@ -27,7 +33,7 @@ def random_corpus(root: Path, num_rows: Mapping[str, int], row_tokens: int, shar
         for first in range(0, count, shard_rows):
             size = min(shard_rows, count - first)
             rows = Rows(
-                tokens=rng.integers(0, VOCABULARY, (size, row_tokens), dtype=np.uint16),
+                tokens=rng.integers(0, vocabulary, (size, row_tokens), dtype=np.uint16),
                 length=np.full(size, row_tokens, np.int32),
                 starts=pa.array([[0, row_tokens // 2]] * size, pa.list_(pa.int32())),
                 first_document=2 * np.arange(first, first + size),
@@ -51,6 +57,6 @@ def random_corpus(root: Path, num_rows: Mapping[str, int], row_tokens: int, shar
             documents_file=listed,
         )
     layout = Layout(row_tokens=row_tokens, dtype="uint16")
-    tokenizer = TokenizerInfo(kind="byte", identity="0" * 16, vocab_size=VOCABULARY, eos=0)
+    tokenizer = TokenizerInfo(kind="byte", identity="0" * 16, vocab_size=vocabulary, eos=0)
     write_manifest(store, str(root), Manifest(layout=layout, tokenizer=tokenizer, domains=domains))
     return Corpus.open(root)

@@ -14,6 +14,9 @@ PARTS = {
     "prepare": "preparation beside datasets.map",
     "stream": "the stream through Ray Data",
     "stream_peers": "the stream beside other systems",
+    "control": "what control, and a broken MLflow server, cost a training step",
+    "first_step": "first step of a resumed run against a fresh one's",
+    "checkpoint": "what a checkpoint costs training",
 }
 
 
