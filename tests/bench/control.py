@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where the corpus is kept between runs (default: a new one)")
     parser.add_argument("--parts", nargs="+", default=["cost", "mlflow"], choices=["cost", "mlflow"])
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="of all faults")
     parser.add_argument("--model", default="2m")
     parser.add_argument("--rank-rows", type=int, default=1, help="rows of a rank in a step")
