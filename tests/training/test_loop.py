@@ -25,8 +25,8 @@ class KilledError(Exception):
 
 
 class Hand:
-    """Feed and sink of the first rank. It hands a signal on as late as it may: when a row is asked for that does
-    not exist, or when it is told to settle; what it still has when it is killed is lost."""
+    """Feed and sink of the first rank. It hands a signal on as late as it may: when a row is asked for that needs
+    it, or when it is told to settle; what it still has when it is killed is lost."""
 
     def __init__(self, config: Any, rows: Any) -> None:
         catalog = rows.catalog
@@ -46,9 +46,8 @@ class Hand:
         self.stop = False
 
     def row(self, window: int) -> Any:
-        if self._controller.row_or_none(window) is None:
-            self.settle()
-        found = self._controller.row_or_none(window)
+        while (found := self._controller.row_or_none(window)) is None and self._kept:
+            self._controller.report(self._kept.pop(0))
         assert found is not None, f"window {window} is never decided: a signal before it was lost"
         return found
 
