@@ -26,6 +26,7 @@ from mixer.training import checkpoint, loop
 from mixer.training.trace import read_trace
 
 WINDOWS, STEPS, ROWS = 10, 4, 8
+ODM = ("policy.kind=odm", "policy.form=paper", "policy.smoothing=0.3")
 WORDS = {
     "counting": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"],
     "greek": ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"],
@@ -66,6 +67,7 @@ def config_of(texts: Path, folder: Path, *overrides: str) -> RunConfig:
 
 
 def options_of(texts: Path, folder: Path, *overrides: str) -> list[str]:
+    """A policy given whole, as policy={...}, takes the place of that."""
     return [
         f"run.path={folder}",
         f"corpus.path={texts}/train",
@@ -82,9 +84,7 @@ def options_of(texts: Path, folder: Path, *overrides: str) -> list[str]:
         "model.num_heads=2",
         "optimizer.rate.peak=0.01",
         "optimizer.rate.warmup_steps=2",
-        "policy.kind=odm",
-        "policy.form=paper",
-        "policy.smoothing=0.3",
+        *([] if any(one.startswith("policy=") for one in overrides) else ODM),
         "checkpoint.every_windows=2",
         "checkpoint.keep=5",
         "evaluation.every_windows=null",
