@@ -29,7 +29,10 @@ demo: $(ready) ## prepare the demo corpus and train on it with two workers while
 # The second run may find no test to run (pytest's 5): that is no failure of the first.
 test: $(ready) ## all tests, the fast ones first
 	$(bin)/python -m pytest -m "not ray and not slow" $(PYTEST_ARGS)
-	$(bin)/python -m pytest -m ray $(PYTEST_ARGS) || test $$? -eq 5
+	$(bin)/python -m pytest -m "ray and not slow" $(PYTEST_ARGS) || test $$? -eq 5
+
+slow: $(ready) ## the tests that take minutes: the parts of the benches, ...
+	$(bin)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(ready) ## ruff: rules and format
 	$(bin)/python -m ruff check .

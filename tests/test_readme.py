@@ -127,6 +127,7 @@ def test_a_target_that_is_not_in_the_makefile_is_found():
         "types",
         "bench",
         "properties",
+        "slow",
         "figures",
         "lock",
         "clean",

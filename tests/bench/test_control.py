@@ -61,6 +61,7 @@ def test_a_loaded_machine_records_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_loops_with_and_without_control_take_turns(tmp_path: Path, ray_session: ModuleType) -> None:
     corpus = corpus_of(tmp_path, 16)
     tiny = (*TINY, "train.num_workers=1", "train.windows=4", "geometry.batch_rows=2", "geometry.window_steps=2")
@@ -80,6 +81,7 @@ class Faultless:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_every_fault_lies_between_good_health(
     tmp_path: Path, ray_session: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +95,7 @@ def test_every_fault_lies_between_good_health(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_resumed_run_is_timed_beside_a_fresh_one(tmp_path: Path, ray_session: ModuleType) -> None:
     given = argparse.Namespace(warm=0, pairs=1, windows=10, model="0.5m")
     found = first_step.measure(corpus_of(tmp_path, 16), tmp_path, given)

@@ -26,6 +26,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_stream_delivers_the_source_in_its_shares(bed: Bed, ray_session: ModuleType) -> None:
     order = Order(system="stream", root=str(bed.root), answer="", window_steps=16, rank=1, warm_s=0.0, window_s=0.1)
     answer = streams.measure(order)
