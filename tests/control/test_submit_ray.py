@@ -132,7 +132,8 @@ def test_the_doctor_examines_every_node_as_a_job(cluster, mixer, corpus, tmp_pat
     config = tmp_path / "config.yaml"
     config.write_text("prepare: {output: x, domains: {code: {files: [a.txt]}}}\n")
     status, out, _ = mixer(
-        "doctor", str(config), f"corpus.path={corpus}", f"prepare.output={tmp_path}/out", "--json"
+        "doctor", str(config), f"corpus.path={corpus}", f"prepare.output={tmp_path}/out", f"run.path={tmp_path}/run",
+        "--json",
     )  # fmt: skip
     findings = json.loads(out[out.index("\n[") :])
     by_name = {one["name"]: one for one in findings}
@@ -142,6 +143,7 @@ def test_the_doctor_examines_every_node_as_a_job(cluster, mixer, corpus, tmp_pat
     assert by_name["token authentication"]["found"] == "the job server asks for a token"
     assert by_name["dashboard"]["found"].endswith("this machine only, with a token")
     assert by_name["storage of prepare.output"]["found"] == f"{tmp_path}: written and seen by 2 nodes"
+    assert by_name["storage of run.path"]["found"] == f"{tmp_path}: written and seen by 2 nodes, locks hold"
     assert status == int(any(one["level"] == "bad" for one in findings))
 
 
