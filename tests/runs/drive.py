@@ -1,14 +1,12 @@
 """A run in a process and on a Ray of its own: `python -m tests.runs.drive TEXTS FOLDER FAULTS [key=value ...]`.
 
 FAULTS are STEP:RANK:KIND, joined by commas.
-With a fault of kind node there are two nodes, and a new one joins when one was killed.
+With a fault of kind node there are three nodes, two of which are enough.
 """
 
 import logging
 import os
 import sys
-import threading
-import time
 from pathlib import Path
 
 import ray
@@ -25,7 +23,7 @@ def main(texts: str, folder: str, faults: str, *overrides: str) -> int:
     script = [Fault(int(step), int(rank), kind) for step, rank, kind in parts]
     config = config_of(Path(texts), Path(folder), *overrides)
     if any(fault.kind == "node" for fault in script):
-        two_nodes()
+        three_nodes()
     else:
         ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=STORE_BYTES,
                  namespace="mixer", log_to_driver=False, logging_level=logging.ERROR)  # fmt: skip
@@ -34,24 +32,15 @@ def main(texts: str, folder: str, faults: str, *overrides: str) -> int:
     return 0
 
 
-def two_nodes() -> None:
-    """One of them for the driver and one worker, the other for the other worker."""
+def three_nodes() -> None:
+    """One for the driver, and one more than the two workers need then."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False},
-    )
-    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    node = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    cluster.add_node(**node)
+    cluster.add_node(**node)
     ray.init(address=cluster.address, namespace="mixer", log_to_driver=False, logging_level=logging.ERROR)
-
-    def replace_lost() -> None:
-        while True:
-            if sum(node["Alive"] for node in ray.nodes()) < 2:
-                cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-            time.sleep(0.5)
-
-    threading.Thread(target=replace_lost, daemon=True).start()
 
 
 if __name__ == "__main__":

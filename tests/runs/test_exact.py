@@ -49,11 +49,12 @@ def test_a_driver_that_is_killed_is_started_again_and_it_is_the_same_run(texts, 
 
 
 @pytest.mark.faults
-def test_a_node_that_is_killed_is_replaced_and_it_is_the_same_run(texts, tmp_path, undisturbed):
+@pytest.mark.slow
+def test_a_node_is_killed_and_on_those_that_are_left_it_is_the_same_run(texts, tmp_path, undisturbed):
     folder = tmp_path / "run"
-    done = drive(texts, folder, "11:-1:node,30:-1:node", "train.cpus_per_worker=1")
-    assert done.stdout.strip() == "finished", done.stderr[-2000:]
-    assert len(list(folder.glob("fault-node-*"))) == 2
+    done = drive(texts, folder, "11:-1:node", "train.cpus_per_worker=1")
+    assert "finished" in done.stdout.splitlines(), done.stderr[-2000:]  # among what Ray says of its raylet
+    assert len(list(folder.glob("fault-node-*"))) == 1
     Outcome.of(config_of(texts, folder)).require_same(undisturbed)
 
 
