@@ -150,9 +150,10 @@ class ControllerActor:
 
     async def catalog(self, fingerprint: str) -> Catalog:
         run = await asyncio.to_thread(self._opened)
-        for row in reversed(run.schedule.rows):
-            if row.catalog.fingerprint == fingerprint:
-                return row.catalog
+        schedule = run.schedule
+        for end in [len(schedule), *reversed(schedule.switches)]:  # the last row of each stretch under one catalog
+            if end and (catalog := schedule.row(end - 1).catalog).fingerprint == fingerprint:
+                return catalog
         raise ScheduleError(f"no window of the run has catalog {fingerprint[:12]}. It belongs to another run.")
 
     async def report(self, signal: Signal, record: Mapping[str, Any]) -> tuple[int, bool]:

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mixer.core.catalog import Catalog
-from mixer.core.errors import ConfigError
+from mixer.core.errors import CheckpointError, ConfigError
 from mixer.core.plan import Cursor, Geometry
 from mixer.core.ports import SignalSink
 from mixer.core.schedule import pack_d
@@ -162,7 +162,9 @@ class _Loop:
         self._checkpoints = Checkpoints(
             parts.checkpoints, rank=rank, world_size=world_size, group=self._saving, options=parts.checkpoint
         )
-        self._losses = DomainLosses(len(parts.catalog_of(0)), self.device)
+        first = parts.catalog_of(0)
+        self._row_tokens = first.row_tokens
+        self._losses = DomainLosses(len(first), self.device)
         self._cursor, self._tokens = Cursor(), 0
         self._notice = _Notice()
         self._trace = Trace(parts.trace, rank, world_size) if parts.trace else None
@@ -361,10 +363,6 @@ class _Loop:
         flops: Any = self.model.flops_per_token
         return flops(self._row_tokens) * tokens_per_s / (peak * self.world_size)
 
-    @property
-    def _row_tokens(self) -> int:
-        return self.parts.catalog_of(0).row_tokens
-
     def _evaluate(self, window: int) -> None:
         """Before that window is trained."""
         evaluator = self.parts.evaluator
@@ -383,10 +381,15 @@ class _Loop:
     # ---- checkpoints ------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        newest = self._checkpoints.newest()
-        if newest is None:
+        found = self._checkpoints.load_newest(self.model, self.optimizer)
+        if found is None:
+            if (damaged := self._checkpoints.newest()) is not None:
+                raise CheckpointError(
+                    f"every checkpoint of {damaged.parent} is damaged. Restore one from a copy, or remove the folder "
+                    "to train from the first step."
+                )
             return
-        saved = self._checkpoints.load(newest, self.model, self.optimizer)
+        newest, saved = found
         self._cursor, self._tokens = saved.cursor, saved.tokens
         if saved.sums is not None:
             self._losses = DomainLosses(saved.sums.shape[1], self.device)

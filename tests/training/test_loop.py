@@ -101,6 +101,12 @@ def attempts(rank: int, world_size: int, _: Any, script: list[tuple[Any, dict[st
 
 
 def attempt(rank: int, config: Any, happens: dict[str, int]) -> tuple[str, list[Any]]:
+    if rank == 0 and "harmed" in happens:  # before the ranks meet
+        newest = max((config.run.folder / "checkpoints").iterdir())
+        for file in newest.glob("*.data"):
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
     rows, bad = open_rows(config), BadRow()
     hand: Any = Hand(config, rows) if rank == 0 else Watch(config.run.folder)
     parts = make_parts(Job(config, rows, hand, None, SHORT), hand)
@@ -144,6 +150,7 @@ def runs(tmp_path_factory):
     plan: dict[str, tuple[Any, list[dict[str, int]]]] = {"undisturbed": (make("undisturbed"), [{}])}
     plan |= {f"stopped {step}": (make(f"stopped {step}"), [{"stopped": step}, {}]) for step in STOPPED}
     plan |= {f"killed {step}": (make(f"killed {step}"), [{"killed": step}, {}]) for step in KILLED}
+    plan["harmed"] = make("harmed"), [{}, {"harmed": 1}]
     plan["natural"] = make("natural", "policy={kind: natural}"), [{}]
     plan["three"] = make("three", "policy={kind: natural}"), [{"stopped": 6}]
     plan["bad"] = make("bad", "step.bad_loss=stop"), [{"bad": 5, "stopped": 6}, {}, {}]
@@ -177,6 +184,14 @@ def test_killed_it_goes_on_from_the_newest_checkpoint_and_lacks_no_signal(runs, 
     assert endings == ["killed", "finished"]
     killed.require_same(runs["undisturbed"][0])
     assert losses == runs["undisturbed"][2]
+
+
+def test_a_harmed_checkpoint_is_passed_over_for_the_one_before_it(runs):
+    harmed, endings, losses = runs["harmed"]
+    undisturbed, _, expected = runs["undisturbed"]
+    assert endings == ["finished", "finished"]
+    harmed.require_same(undisturbed)
+    assert losses == expected
 
 
 def test_begun_by_two_ranks_and_gone_on_with_by_three(runs):
