@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mixer import config as configs
-from mixer.control.actor import Charge
 from mixer.control.client import ControllerClient
 from mixer.control.controller import ControllerOptions
+from mixer.control.openrun import Charge
 from mixer.control.tracker import TrackerOptions
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ConfigError, MixerError, ResumeError
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Cursor, Geometry
 from mixer.core.policies import policy_class
-from mixer.core.ports import Policy
+from mixer.core.ports import Policy, SignalSink
 from mixer.core.rails import GuardRails, Progress
 from mixer.core.schedule import MixtureSchedule
 from mixer.data.catalogs import open_catalog
@@ -287,7 +287,7 @@ def work(job: Job) -> None:
         raise
 
 
-def make_parts(job: Job, client: ControllerClient) -> Parts:
+def make_parts(job: Job, sink: SignalSink) -> Parts:
     config, rows = job.config, job.rows
     folder = config.run.folder
 
@@ -316,7 +316,7 @@ def make_parts(job: Job, client: ControllerClient) -> Parts:
         catalog_of=lambda window: job.feed.row(window).catalog,
         make_model=lambda: make_model(config, rows.corpus.manifest.tokenizer.vocab_size),
         batches=batches,
-        sink=client,
+        sink=sink,
         checkpoints=folder / "checkpoints",
         evaluator=Evaluator.beside(
             rows.corpus, config.evaluation, cross_document_targets=config.step.cross_document_targets

@@ -94,6 +94,7 @@ class Controller:
         *,
         rails: GuardRails,
         planned_windows: int | None = None,
+        targets: tuple[str, ...] = (),
         config: str = "",
     ) -> None:
         """Begin the run of `rundir`, or go on with it where its schedule ends."""
@@ -113,6 +114,7 @@ class Controller:
             window_slots=geometry.window_slots,
             first_window=options.lag_windows + 1,
             planned_windows=planned_windows,
+            targets=targets,
         )
         if rundir.is_begun:
             rundir.schedule.check_resume(catalog, geometry)

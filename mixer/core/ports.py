@@ -62,6 +62,7 @@ class Setting:
     first_window: int = 1
     start_window: int = 0  # the first window whose signal the policy is shown: where a fork begins, else 0
     planned_windows: int | None = None  # None: the run ends when somebody ends it
+    targets: tuple[str, ...] = ()  # what the run is to become good at, as far as it is measured
 
     def __post_init__(self) -> None:
         if self.window_slots < 1 or self.first_window < 0:
@@ -86,7 +87,7 @@ class Policy(Protocol):
     alike, so a slip of a policy holds the last mixture instead of ending the run.
     """
 
-    NEEDS: ClassVar[frozenset[str]]  # what the workers must measure
+    NEEDS: ClassVar[frozenset[str]]  # what the workers must measure, see `mixer.core.signal`
 
     def start(self, setting: Setting) -> State: ...
 

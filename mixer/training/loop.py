@@ -18,7 +18,7 @@ travel in the checkpoint.
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -130,11 +130,28 @@ Ending = Literal["finished", "stopped", "bad_loss"]
 def train(parts: Parts) -> Ending:
     """Train from the newest checkpoint to the end of the run, or until it is asked to stop. Within Ray Train."""
     context = ray.train.get_context()
-    loop = _Loop(parts, context.get_world_rank(), context.get_world_size())
+    loop = _Loop(parts, context.get_world_rank(), context.get_world_size(), _device(), _preemption)
     try:
         return loop.run()
     finally:
         loop.close()
+
+
+def train_here(parts: Parts, device: torch.device | str | None = None) -> Ending:
+    """The same in this process alone, without Ray: one rank, on a device of its own."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    threads = torch.get_num_threads()
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        loop = _Loop(parts, 0, 1, place, lambda: None)
+        try:
+            return loop.run()
+        finally:
+            loop.close()
+    finally:
+        dist.destroy_process_group()
+        torch.set_num_threads(threads)
 
 
 class _Asked(NamedTuple):
@@ -147,9 +164,10 @@ class _Asked(NamedTuple):
 
 
 class _Loop:
-    def __init__(self, parts: Parts, rank: int, world_size: int) -> None:
-        self.parts, self.rank, self.world_size = parts, rank, world_size
-        self.device = _device()
+    def __init__(
+        self, parts: Parts, rank: int, world_size: int, device: torch.device, preemption: Callable[[], Any]
+    ) -> None:
+        self.parts, self.rank, self.world_size, self.device = parts, rank, world_size, device
         options = parts.options
         torch.set_num_threads(options.threads or max(1, int(options.cpus_per_worker)))
         # Sums on the host, and the exchanges of a checkpoint that is written behind the loop's back.
@@ -166,7 +184,7 @@ class _Loop:
         self._row_tokens = first.row_tokens
         self._losses = DomainLosses(len(first), self.device)
         self._cursor, self._tokens = Cursor(), 0
-        self._notice = _Notice()
+        self._notice = _Notice(preemption)
         self._trace = Trace(parts.trace, rank, world_size) if parts.trace else None
         self._micro = parts.step.micro_batches(parts.geometry.batch_rows, world_size)
         self._begin_window()
@@ -185,13 +203,15 @@ class _Loop:
             for part in [*layers, self.model]:
                 fully_shard(part, mp_policy=policy)
             return self.model
+        if self.world_size == 1:
+            return self.model
         places = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=places, gradient_as_bucket_view=True)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         if isinstance(self._call, DistributedDataParallel):
             return self._call.no_sync()
-        return _without_exchange(self.model)
+        return _without_exchange(self.model) if self.parts.options.strategy == "fsdp" else nullcontext()
 
     def _settle_buckets(self) -> None:
         """A backward pass over nothing. Data parallel lays out its exchange anew after the first one; so a run
@@ -434,10 +454,11 @@ class _Loop:
 
 
 class _Notice:
-    """Whether Ray says that a node of the run will be taken away."""
+    """Whether somebody says that a node of the run will be taken away."""
 
-    def __init__(self) -> None:
+    def __init__(self, preemption: Callable[[], Any]) -> None:
         self.save = False
+        self._preemption = preemption
         self._seen: object = None
         self._next_s = time.monotonic() + NOTICE_EVERY_S
 
@@ -446,12 +467,16 @@ class _Notice:
 
     def look(self) -> str:
         """What is new, if anything; all ranks must look together."""
-        info = ray.train.get_preemption_info() if hasattr(ray.train, "get_preemption_info") else None
+        info = self._preemption()
         self._next_s = time.monotonic() + NOTICE_EVERY_S
         if info is None or info == self._seen:
             return ""
         self.save, self._seen = True, info
         return f"nodes {', '.join(info.preempted_node_ids)} will be taken away; saving now"
+
+
+def _preemption() -> Any:
+    return ray.train.get_preemption_info() if hasattr(ray.train, "get_preemption_info") else None
 
 
 def _device() -> torch.device:

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from mixer.core.errors import SignalError
-from mixer.core.signal import GRID, MOST, Signal, on_grid
+from mixer.core.signal import GRID, MOST, Evaluation, Signal, on_grid
 
 
 def signal_of(window: int = 3, catalog: str = "c" * 64, **fields: Any) -> Signal:
     values = {"loss_sum_d": [1.5, 0.0], "tokens_d": [10, 0], "rows_d": [1, 0], "bad_rows_d": [0, 2]} | fields
-    return Signal(
-        window=window,
-        catalog=catalog,
-        loss_sum_d=np.array(values["loss_sum_d"], dtype=np.float64),
-        **{key: np.array(values[key], dtype=np.int64) for key in ("tokens_d", "rows_d", "bad_rows_d")},
-    )
+    counts: dict[str, Any] = {
+        key: np.array(values[key], dtype=np.int64) for key in ("tokens_d", "rows_d", "bad_rows_d")
+    }
+    more = {key: fields[key] for key in ("excess_sum_d", "evaluation", "influence") if key in fields}
+    loss_sum_d = np.array(values["loss_sum_d"], dtype=np.float64)
+    return Signal(window=window, catalog=catalog, loss_sum_d=loss_sum_d, **counts, **more)
 
 
 def test_losses_are_put_on_a_grid_of_two_to_the_minus_sixteen() -> None:
@@ -134,3 +134,19 @@ def test_equal_signals_are_equal_after_a_pickle() -> None:
     assert pickle.loads(pickle.dumps(signal)) == signal
     assert signal != signal_of(rows_d=[2, 0])
     assert signal != 3
+
+
+def test_excess_adds_up_and_one_part_holds_what_all_ranks_measured() -> None:
+    evaluation = Evaluation(sets=("target/code", "validation/a"), loss_s=np.array([2.0, np.nan]))
+    one = signal_of(excess_sum_d=np.array([0.5, 0.0]), evaluation=evaluation)
+    both = one + signal_of(excess_sum_d=np.array([0.25, 0.0]))
+    assert both.excess_d.tolist()[:1] == [0.75 / 20]
+    assert math.isnan(both.excess_d[1])
+    assert both.evaluation == evaluation
+    assert evaluation.of("target") == {"code": 2.0}
+    assert np.array_equal(evaluation.at("validation", ["b", "a"]), [np.nan, np.nan], equal_nan=True)
+    with pytest.raises(SignalError, match="one part of window 3 holds an excess"):
+        one + signal_of()
+    with pytest.raises(SignalError, match="both parts of window 3 hold its evaluation"):
+        one + one
+    assert one != signal_of(excess_sum_d=np.array([0.5, 0.0]))

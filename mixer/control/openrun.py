@@ -1,0 +1,188 @@
+"""OpenRun: what one process has open of a run. Who decides, what is written down, and who is told.
+
+Everything that a run's people may want to know passes through here, into the journal; and the tracker, which
+reads the journal, lives in this process. Only this process writes into the run folder (checkpoints apart).
+"""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixer.control.controller import Controller, ControllerOptions
+from mixer.control.fence import write_whole
+from mixer.control.journal import Journal, read_journal
+from mixer.control.report import write_report
+from mixer.control.rundir import RunDir
+from mixer.control.tracker import Tracker, TrackerOptions, open_tracker
+from mixer.core.catalog import Catalog
+from mixer.core.errors import ScheduleError
+from mixer.core.mixture import Mixture
+from mixer.core.plan import Geometry
+from mixer.core.ports import Policy, State
+from mixer.core.rails import GuardRails
+from mixer.core.row import ScheduleRow
+from mixer.core.schedule import MixtureSchedule
+from mixer.core.signal import Signal
+
+logger = logging.getLogger(__name__)
+
+ENDINGS = ("finished", "stopped", "bad_loss")  # events by which the workers say how they ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    """All that is needed to begin a run or to go on with it, and that outlives its owner's process."""
+
+    folder: Path
+    options: ControllerOptions
+    policy: Policy | None  # None: a saved schedule is followed, and nothing is decided
+    catalog: Catalog
+    geometry: Geometry
+    prior: Mixture
+    rails: GuardRails
+    planned_windows: int | None
+    targets: tuple[str, ...] = ()
+    config: str = ""
+    tracker: TrackerOptions = field(default_factory=TrackerOptions)
+    takeover: bool = False
+
+
+class OpenRun:
+    """One owner's hold on a run folder: `Controller`, journal and tracker together."""
+
+    def __init__(self, charge: Charge, *, again: bool = False, where: Mapping[str, Any] | None = None) -> None:
+        """`again`: another process had the run until now, which may be cut off rather than dead: then the fence
+        stops it. `where` is written down for people's commands on a live run."""
+        self._charge = charge
+        self._rundir = RunDir(charge.folder, takeover=charge.takeover or again)
+        try:
+            self._controller: Controller | None = None
+            if charge.policy is not None:
+                self._controller = Controller(
+                    charge.options,
+                    charge.policy,
+                    self._rundir,
+                    charge.catalog,
+                    charge.geometry,
+                    charge.prior,
+                    rails=charge.rails,
+                    planned_windows=charge.planned_windows,
+                    targets=charge.targets,
+                    config=charge.config,
+                )
+            else:
+                self._rundir.schedule.check_resume(charge.catalog, charge.geometry)
+            self._journal = Journal(charge.folder / "journal.jsonl")
+            self._last: dict[str, dict[str, Any]] = {}
+            self._begun = False  # whether workers were started since the driver was
+            self._ending = ""
+            for _, record in read_journal(charge.folder / "journal.jsonl"):
+                self._keep(record)
+            if where is not None:
+                with contextlib.suppress(OSError):
+                    write_whole(charge.folder / "live.json", (json.dumps(where) + "\n").encode())
+            self._tracker: Tracker = open_tracker(charge.tracker, charge.folder, self.schedule)
+            if again:
+                self.note([{"kind": "event", "what": "restart", "text": "the controller"}])
+        except BaseException:
+            self._rundir.close()
+            raise
+
+    @property
+    def schedule(self) -> MixtureSchedule:
+        return self._rundir.schedule
+
+    def row_or_none(self, window: int) -> ScheduleRow | None:
+        if self._controller is not None:
+            return self._controller.row_or_none(window)
+        return self.schedule.row(window)
+
+    def report(self, signal: Signal, record: Mapping[str, Any]) -> int:
+        following = signal.window + 1
+        decided = len(self.schedule)
+        if self._controller is not None:
+            self._controller.report(signal)
+            following = self._controller.next_signal if not self._controller.is_complete else following
+        self.note([record] if record else [])
+        new = [self.schedule.row(k) for k in range(decided, len(self.schedule))]
+        told = [row for row in new if self._controller and row.reason not in ("policy", "prior")]
+        for row in told:
+            assert self._controller is not None
+            what, why = ("held", self._controller.trouble) if row.reason == "held" else ("order", row.reason)
+            self.note([{"kind": "event", "what": what, "text": why, "window": row.window}])
+        if new and self._controller is not None:
+            values = policy_values(self._controller.state, self.schedule.last_catalog)
+            self.note([{"kind": "policy", "window": signal.window, "values": values}] if values else [])
+        return following
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self._last[record["kind"]] = record
+        what = record["what"] if record["kind"] == "event" else ""
+        if what in ("begun", "workers"):
+            self._begun = what == "workers"
+        if what in ENDINGS:
+            self._ending = what
+
+    def note(self, records: list[Mapping[str, Any]]) -> None:
+        for record in records:
+            whole = {"time": time.time(), **record}
+            if whole["kind"] == "event":
+                again = whole["what"] == "workers" and self._begun
+                whole = {"window": None, "steps": None, **whole} | ({"what": "restart"} if again else {})
+            if self._journal.append(whole):
+                self._keep(whole)
+        if records:
+            self._tracker.wake()
+
+    @property
+    def decider(self) -> Controller:
+        if self._controller is None:
+            raise ScheduleError("the run follows a saved schedule: nobody decides, so nothing can be ordered.")
+        return self._controller
+
+    def status(self) -> dict[str, Any]:
+        last = self.schedule.last
+        return {
+            "folder": str(self._charge.folder),
+            "planned_windows": self._charge.planned_windows,
+            "decided": len(self.schedule),
+            "weights": dict(zip(last.catalog.names, last.weights_d.tolist(), strict=True)) if last else {},
+            "last": dict(self._last),
+            "ending": self._ending,
+            "counts": dict(self._controller.counts) if self._controller is not None else {},
+            "behind": self._tracker.behind,
+        }
+
+    def close(self, patience_s: float, *, report: bool = True) -> int:
+        """Writes the report, so that the tracker can send it, and gives the tracker that long to catch up."""
+        self._journal.close()
+        try:
+            if report:
+                write_report(self._charge.folder)
+        except Exception:
+            logger.warning("the report of %s was not written; `mixer report` tries again", self._charge.folder,
+                           exc_info=True)  # fmt: skip
+        self._tracker.close(patience_s)
+        behind = self._tracker.behind
+        with contextlib.suppress(OSError):
+            (self._charge.folder / "live.json").unlink(missing_ok=True)
+        self._rundir.close()
+        return behind
+
+
+def policy_values(state: State, catalog: Catalog) -> dict[str, float]:
+    """A policy's state as numbers with names: what is single, and what is by domain (`..._d`)."""
+    values: dict[str, float] = {}
+    for key, value in state.items():
+        if value.ndim == 0:
+            values[key] = float(value)
+        elif value.shape == (len(catalog),) and key.endswith("_d"):
+            values |= {f"{key[:-2]}/{name}": float(one) for name, one in zip(catalog.names, value, strict=True)}
+    return {key: value for key, value in values.items() if np.isfinite(value)}
