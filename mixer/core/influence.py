@@ -8,7 +8,8 @@ influence function is its negative. M is the metric: identity, the optimizer's s
 A probe does not take one gradient of a domain but several, each of other rows, its parts. From the inner
 products of all parts come the means, and without further measurement:
 
-- errors, by leaving out one part after the other (jackknife; those of domain and target add up);
+- errors, by leaving out one part after the other (jackknife; those of domain and target add up, which is too much
+  by up to a factor of sqrt 2 where there is nothing but noise);
 - squares without bias: a part's product with itself holds its noise, so norms use pairs of different parts;
 - the noise itself: what one row's gradient varies.
 

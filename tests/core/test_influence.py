@@ -58,7 +58,8 @@ def test_squares_are_without_bias_and_noise_is_found():
     benefit = np.array([one.benefit_dt for one in found])
     np.testing.assert_allclose(benefit.mean(0).ravel(), [0.3, 0.15], atol=0.04)
     error = np.sqrt(np.mean([one.benefit_error_dt**2 for one in found], axis=0))
-    np.testing.assert_allclose(error, benefit.std(0), rtol=0.2)
+    assert (benefit.std(0) * 0.97 < error).all()
+    assert (error < benefit.std(0) * 1.27).all()  # the noise of both sides at once is counted twice
 
 
 def test_blocks_that_were_not_measured_are_left_out():
