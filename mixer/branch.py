@@ -20,7 +20,7 @@ from mixer.core.errors import ResumeError
 from mixer.core.plan import Cursor
 from mixer.core.schedule import MixtureSchedule
 from mixer.data.corpus import CatalogRows
-from mixer.run import RunConfig, differences, make_policy, make_prior, open_rows, plan_length
+from mixer.run import RunConfig, differences, make_policy, make_prior, open_rows, plan_length, target_names
 from mixer.training import checkpoint
 from mixer.training.checkpoint_folder import Record
 
@@ -127,6 +127,7 @@ def make_fork(
         options=config.controller,
         rails=config.rails,
         planned_windows=plan_length(config, rows.catalog),
+        targets=target_names(config, rows),
         catalog=rows.catalog,
         prior=make_prior(config, rows.catalog),
         plain=plain,

@@ -36,7 +36,7 @@ from mixer.data.storage import Storage
 from mixer.data.stream import StreamingOptions, WindowStream
 from mixer.training import loop
 from mixer.training.checkpoint import CheckpointOptions
-from mixer.training.evaluation import EvaluationOptions, Evaluator
+from mixer.training.evaluation import EvaluationOptions, Evaluator, corpora_beside
 from mixer.training.loop import Parts, TrainOptions
 from mixer.training.model import Decoder, DecoderOptions
 from mixer.training.optimizer import OptimizerOptions
@@ -128,8 +128,12 @@ def require_same(config: RunConfig, folder: Path) -> None:
 def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """The options, with both values, by which two configs would train differently."""
     old, new = _flat(configs.to_plain(before)), _flat(configs.to_plain(now))
+    needs = make_policy(now).NEEDS
+    may_differ = [
+        free for free in MAY_DIFFER if free not in needs
+    ]  # what a policy learns from is named like its section
     for key in sorted(old.keys() | new.keys()):
-        if any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER):
+        if any(key == free or key.startswith(f"{free}.") for free in may_differ):
             continue
         if old.get(key) != new.get(key):
             yield key, old.get(key), new.get(key)
@@ -258,18 +262,43 @@ def older_rows(schedule: MixtureSchedule, rows: CatalogRows) -> tuple[CatalogRow
     return tuple(found.values())
 
 
+def target_names(config: RunConfig, rows: CatalogRows) -> tuple[str, ...]:
+    """The targets that are measured: those prepared beside the trained corpus."""
+    found = corpora_beside(rows.corpus, [one for one in config.evaluation.sets if one == "targets"])
+    return found["targets"].catalog.names if found else ()
+
+
+def require_measured(config: RunConfig, policy: Policy, targets: tuple[str, ...]) -> None:
+    """Refuse a policy that asks for what this config does not measure."""
+    kind, needs = config.policy.get("kind"), policy.NEEDS
+    if "evaluation" in needs and config.evaluation.every_windows is None:
+        raise ConfigError(
+            f"policy {kind!r} learns from evaluations, but evaluation.every_windows is null. Set it to a number of "
+            "windows."
+        )
+    if "influence" in needs and not targets:
+        raise ConfigError(
+            f"policy {kind!r} learns from influence on targets, and there are none beside the corpus. Prepare some "
+            "(prepare.targets), and keep targets in evaluation.sets."
+        )
+
+
 def make_charge(config: RunConfig, rows: CatalogRows, *, follows: bool = False) -> Charge:
     """What the run's actor is started with; `follows` a schedule that is in its folder already."""
-    catalog = rows.catalog
+    catalog, targets = rows.catalog, target_names(config, rows)
+    policy = None if follows else make_policy(config)
+    if policy is not None:
+        require_measured(config, policy, targets)
     return Charge(
         folder=config.run.folder,
         options=config.controller,
-        policy=None if follows else make_policy(config),
+        policy=policy,
         catalog=catalog,
         geometry=config.geometry,
         prior=make_prior(config, catalog),
         rails=config.rails,
         planned_windows=plan_length(config, catalog),
+        targets=targets,
         config=configs.to_text(config),
         tracker=replace(config.tracker, tags={"mixer.corpus": rows.corpus.fingerprint} | dict(config.tracker.tags)),
     )
@@ -321,6 +350,7 @@ def make_parts(job: Job, sink: SignalSink) -> Parts:
         evaluator=Evaluator.beside(
             rows.corpus, config.evaluation, cross_document_targets=config.step.cross_document_targets
         ),
+        needs=make_policy(config).NEEDS,
         trace=folder / "trace" if config.train.trace else None,
     )
 

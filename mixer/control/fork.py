@@ -40,10 +40,11 @@ import numpy as np
 from mixer.control.controller import FORK, Controller, ControllerOptions, unasked
 from mixer.control.fence import sync_folder
 from mixer.control.journal import Journal, read_journal
+from mixer.control.measured import from_record
 from mixer.control.rundir import RunDir, building, load_orders, load_origin, load_schedule
 from mixer.core import plan
 from mixer.core.catalog import Catalog
-from mixer.core.errors import ConfigError, ResumeError, ScheduleError
+from mixer.core.errors import ConfigError, ResumeError, ScheduleError, SignalError
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Cursor
 from mixer.core.ports import Policy, Setting
@@ -65,6 +66,7 @@ def prepare_fork(
     options: ControllerOptions,
     rails: GuardRails,
     planned_windows: int | None = None,
+    targets: tuple[str, ...] = (),
     catalog: Catalog | None = None,
     prior: Mixture | None = None,
     plain: bool = False,
@@ -73,13 +75,13 @@ def prepare_fork(
 ) -> MixtureSchedule:
     """Make `target` a run folder that goes on from the source's checkpoint of `cursor`; returns its schedule.
 
-    `policy` to `planned_windows` are what the folder's controller is opened with later, and so is `prior`: by
+    `policy` to `targets` are what the folder's controller is opened with later, and so is `prior`: by
     default `prior_at` the cursor. `catalog` is by default the one in force there. A plain branch takes no other
     catalog, and needs the prior of the source's controller. `checkpoint` is by default the folder of the cursor's
     steps, `config` the source's.
     """
     found = _Source(source, cursor, checkpoint)
-    deciding = _Deciding(policy=policy, options=options, rails=rails, planned_windows=planned_windows)
+    deciding = _Deciding(policy=policy, options=options, rails=rails, planned_windows=planned_windows, targets=targets)
     found.check(target, deciding)
     config = found.config if config is None else config
     with building(target) as rundir:
@@ -130,6 +132,7 @@ class _Deciding:
     options: ControllerOptions
     rails: GuardRails
     planned_windows: int | None
+    targets: tuple[str, ...]
 
 
 class _Source:
@@ -224,6 +227,7 @@ def _fork(found: _Source, rundir: RunDir, deciding: _Deciding, catalog: Catalog,
         first_window=options.lag_windows + 1,
         start_window=found.begun,
         planned_windows=planned,
+        targets=deciding.targets,
     )
     state = deciding.policy.start(setting)
     kept = found.schedule.head(found.begun)
@@ -295,6 +299,7 @@ def _branch(found: _Source, rundir: RunDir, deciding: _Deciding, prior: Mixture,
             first_window=lag + 1,
             start_window=found.start_window,
             planned_windows=deciding.planned_windows,
+            targets=deciding.targets,
         )
         state = deciding.policy.start(setting)
     signals = _signals(found)
@@ -310,6 +315,7 @@ def _branch(found: _Source, rundir: RunDir, deciding: _Deciding, prior: Mixture,
         prior,
         rails=deciding.rails,
         planned_windows=deciding.planned_windows,
+        targets=deciding.targets,
     )
     for signal in signals:
         if not controller.is_complete:
@@ -335,15 +341,8 @@ def _signal(found: _Source, record: dict[str, Any]) -> Signal:
     window = record["window"]
     catalog = found.schedule.row(window).catalog
     try:
-        return Signal(
-            window=window,
-            catalog=catalog.fingerprint,
-            loss_sum_d=unpack_d(record["loss_sum"], catalog, np.float64),
-            tokens_d=unpack_d(record["tokens_d"], catalog, np.int64),
-            rows_d=unpack_d(record["rows_d"], catalog, np.int64),
-            bad_rows_d=unpack_d(record["bad_rows_d"], catalog, np.int64),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return from_record(record, window, catalog)
+    except (KeyError, TypeError, ValueError, AttributeError, SignalError) as error:
         raise ResumeError(
             f"plain branch of {found.path} refused: the journal's record of window {window} holds no signal: "
             f"{error!r}. Restore journal.jsonl, or fork with a policy that starts anew."

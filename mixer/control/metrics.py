@@ -14,6 +14,10 @@ optimizer steps trained after the record's window.
     train/skipped_steps              window: skipped_steps             of this window
     train/bad_rows                   window: bad_rows_d                rows of this window without a finite loss
     train/world_size                 window: world_size                ranks
+    probe/time                       window: probe_s, seconds          of a probe of influence, as a share of the window's
+    probe/tokens                     window: probe_tokens              tokens it computed
+    influence/<target>/<domain>      window: influence                 first-order fall of the target's loss per unit of
+                                                                       weight moved to the domain, where measured
     control/lag_windows              schedule: signals_through         windows between the row and the newest signal
                                                                        behind it; absent where it depends on none
     control/held                     schedule: reason                  1 where the mixture of the row before was held
@@ -26,8 +30,8 @@ optimizer steps trained after the record's window.
     eval/<set>/loss                  evaluation: sets                  mean nats a token
     eval/<set>/bits_per_byte         evaluation: sets
 
-What is null or missing in a record is no metric. Those by domain are made for every n-th window only, see
-`TrackerOptions.every_windows`.
+What is null or missing in a record is no metric. Those by domain, but for influence, are made for every n-th window
+only, see `TrackerOptions.every_windows`.
 
 In a name letters, digits, `_`, `-`, `.` and spaces stand for themselves; any other character of a domain's name is
 written `_xHEX_` (`web/news` is `web_x2F_news`), and so is a `_` before an `x`, so that it can be undone and two domains
@@ -49,6 +53,7 @@ from mixer.core.errors import ScheduleError
 from mixer.core.row import ScheduleRow
 from mixer.core.schedule import MixtureSchedule, unpack_d
 
+MOST_INFLUENCE = 1024  # numbers of one probe; more of them are in the journal and the report only
 NAME_LETTERS = 100  # of one part of a name; a tracker's names have room for 250
 TRAIN = ("loss", "tokens", "tokens_per_s", "mfu", "rate", "grad_norm", "skipped_steps", "world_size")
 _OTHER = re.compile(r"[^\w.\- ]|_(?=x)|^[. ]| $")
@@ -92,6 +97,9 @@ class Measures:
         seconds, wait = _number(record.get("seconds")), _number(record.get("data_wait_s"))
         if seconds and wait is not None:
             yield "train/data_wait", wait / seconds
+        if seconds and (probe := _number(record.get("probe_s"))) is not None:
+            yield "probe/time", probe / seconds
+            yield "probe/tokens", record.get("probe_tokens")
         try:
             row = self._schedule.row(record["window"])
         except ScheduleError:
@@ -100,6 +108,7 @@ class Measures:
         if row.signals_through >= 0:
             yield "control/lag_windows", row.window - 1 - row.signals_through
         yield from self._domains(record, row)
+        yield from self._influence(record, row)
 
     def _domains(self, record: Mapping[str, Any], row: ScheduleRow) -> Iterator[tuple[str, Any]]:
         names = row.catalog.names
@@ -128,6 +137,17 @@ class Measures:
         if tokens_d is not None:
             for name, plain in zip(written, names, strict=True):
                 yield f"tokens/{name}", self.tokens[plain]
+
+    def _influence(self, record: Mapping[str, Any], row: ScheduleRow) -> Iterator[tuple[str, Any]]:
+        columns = _mapping(_mapping(record.get("influence")).get("benefit"))
+        if len(columns) * len(row.catalog) > MOST_INFLUENCE:
+            return
+        domains = self._written(row.catalog.names)
+        for target, column in columns.items():
+            value_d = _array(column, row, np.float64)
+            if value_d is not None:
+                for name, value in zip(domains, value_d.tolist(), strict=True):
+                    yield f"influence/{written(target)}/{name}", value
 
     def _policy(self, record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         by_domain = self._by_domain(record["window"])

@@ -18,6 +18,7 @@ import numpy as np
 from mixer.control.controller import Controller, ControllerOptions
 from mixer.control.fence import write_whole
 from mixer.control.journal import Journal, read_journal
+from mixer.control.measured import to_record
 from mixer.control.report import write_report
 from mixer.control.rundir import RunDir
 from mixer.control.tracker import Tracker, TrackerOptions, open_tracker
@@ -110,7 +111,8 @@ class OpenRun:
         if self._controller is not None:
             self._controller.report(signal)
             following = self._controller.next_signal if not self._controller.is_complete else following
-        self.note([record] if record else [])
+        if record:
+            self.note([{**record, **to_record(signal, self.schedule.row(signal.window).catalog)}])
         new = [self.schedule.row(k) for k in range(decided, len(self.schedule))]
         told = [row for row in new if self._controller and row.reason not in ("policy", "prior")]
         for row in told:

@@ -187,15 +187,32 @@ def take(record: Record, one: Mapping[str, Any]) -> None:
     match value.get("kind"):
         case "window":
             record.windows.setdefault(int(value["window"]), value)
+            if isinstance(value.get("influence"), Mapping):
+                _take_influence(record, int(value["window"]), value["influence"])
         case "policy":
             record.policy.setdefault(int(value["window"]), value)
         case "evaluation":
             record.evaluations.append(value)
-        case "influence":
-            if value.get("window") not in {known.get("window") for known in record.influence}:
-                record.influence.append(value)
         case "event":
             record.events.append(value)
+
+
+def _take_influence(record: Record, window: int, value: Mapping[str, Any]) -> None:
+    """The matrix as people read it: by domain, then by target."""
+    if window in {known["window"] for known in record.influence}:
+        return
+    try:
+        catalog = record.schedule.row(window).catalog
+        targets = [str(target) for target in value["targets"]]
+        benefit_td = [unpack_d(value["benefit"][target], catalog, np.float64).tolist() for target in targets]
+        error_td = [unpack_d(value["error"][target], catalog, np.float64).tolist() for target in targets]
+    except (ScheduleError, KeyError, TypeError, ValueError, AttributeError):
+        return  # a journal that says more than its schedule, or is damaged: it is not the truth
+    by_name = {
+        "matrix": dict(zip(catalog.names, map(list, zip(*benefit_td, strict=True)), strict=True)) if targets else {},
+        "error": dict(zip(catalog.names, map(list, zip(*error_td, strict=True)), strict=True)) if targets else {},
+    }
+    record.influence.append({"window": window, "targets": targets, "metric": value.get("metric"), **by_name})
 
 
 def number(value: Any) -> float:

@@ -16,13 +16,15 @@ travel in the checkpoint.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
@@ -32,9 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mixer.core.catalog import Catalog
 from mixer.core.errors import CheckpointError, ConfigError
+from mixer.core.influence import Influence
 from mixer.core.plan import Cursor, Geometry
 from mixer.core.ports import SignalSink
-from mixer.core.schedule import pack_d
+from mixer.core.signal import Evaluation
 from mixer.training.checkpoint import CheckpointOptions, Checkpoints, Saved
 from mixer.training.evaluation import EvaluationOptions, Evaluator
 from mixer.training.optimizer import OptimizerOptions, make_optimizer
@@ -104,6 +107,28 @@ class Batches(Protocol):
     def __call__(self, *, rank: int, world_size: int, cursor: Cursor) -> Iterator[Any]: ...
 
 
+class Probing(Protocol):
+    """Measures influence after the last step of some windows; like an `Evaluator`, it leaves adding up to the loop."""
+
+    def due(self, window: int) -> bool: ...
+
+    def measure(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        window: int,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        precision: Literal["float32", "bfloat16"],
+    ) -> Tensor:
+        """This rank's sums."""
+        ...
+
+    def close(self, sums: Tensor, rate: float) -> Influence: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """What a worker is given to run with."""
@@ -121,6 +146,8 @@ class Parts:
     sink: SignalSink
     checkpoints: Path
     evaluator: Evaluator | None = None
+    probe: Probing | None = None
+    needs: frozenset[str] = frozenset()  # what the policy asks for; see `mixer.core.signal`
     trace: Path | None = None
 
 
@@ -315,16 +342,22 @@ class _Loop:
         measured = self._losses.close(window, catalog.fingerprint)
         self._tokens += int(measured.signal.tokens_d.sum())
         bad = self._bad_rows(measured) if measured.signal.bad_rows_d.any() else ""
+        record = self._record(measured, waited_s)
+        done = window + 1
+        last = done == parts.planned_windows
+        evaluates, saves = parts.evaluation.every_windows, parts.checkpoint.every_windows
+        evaluates = last or (evaluates is not None and done % evaluates == 0)
+        # What the policy asks for is a part of the signal; else the signal need not wait for it.
+        first = evaluates and "evaluation" in parts.needs
+        evaluation = self._evaluate(done) if first else None
+        influence = self._probe(window, record)
         if self.rank == 0:
-            parts.sink.report(measured.signal, self._record(measured, catalog, waited_s))
+            parts.sink.report(replace(measured.signal, evaluation=evaluation, influence=influence), record)
             if bad or measured.skipped_steps:
                 text = f"{measured.skipped_steps} steps were left out; rows without a usable loss: {bad or 'none'}"
                 logger.warning("window %d: %s", window, text)
                 parts.sink.note({"kind": "event", "what": "bad_rows", "text": text, "window": window})
-        done = window + 1
-        last = done == parts.planned_windows
-        evaluates, saves = parts.evaluation.every_windows, parts.checkpoint.every_windows
-        if last or (evaluates and done % evaluates == 0):
+        if evaluates and not first:
             self._evaluate(done)
         stops = measured.skipped_steps > 0 and parts.step.bad_loss == "stop"
         if not stops and (last or (saves and done % saves == 0)):
@@ -347,7 +380,7 @@ class _Loop:
         names = self.parts.catalog_of(measured.signal.window).names
         return ", ".join(f"{names[row.domain]} row {row.row} in step {row.step}" for row in rows)
 
-    def _record(self, measured: WindowLosses, catalog: Catalog, waited_s: float) -> dict[str, Any]:
+    def _record(self, measured: WindowLosses, waited_s: float) -> dict[str, Any]:
         signal = measured.signal
         seconds = time.perf_counter() - self._began_s
         tokens = int(signal.tokens_d.sum())
@@ -366,10 +399,6 @@ class _Loop:
             "loss": float(signal.loss_sum_d.sum()) / tokens if tokens else None,
             "skipped_steps": measured.skipped_steps,
             "world_size": self.world_size,
-            "loss_sum": pack_d(signal.loss_sum_d, catalog),
-            "tokens_d": pack_d(signal.tokens_d, catalog),
-            "rows_d": pack_d(signal.rows_d, catalog),
-            "bad_rows_d": pack_d(signal.bad_rows_d, catalog),
         }
 
     def _use(self, tokens_per_s: float) -> float | None:
@@ -383,20 +412,41 @@ class _Loop:
         flops: Any = self.model.flops_per_token
         return flops(self._row_tokens) * tokens_per_s / (peak * self.world_size)
 
-    def _evaluate(self, window: int) -> None:
-        """Before that window is trained."""
+    def _evaluate(self, window: int) -> Evaluation | None:
+        """Before that window is trained; what was found, on the first rank."""
         evaluator = self.parts.evaluator
         if evaluator is None:
-            return
+            return None
         sums = evaluator.measure(
             self._call, rank=self.rank, world_size=self.world_size, device=self.device,
             precision=self.parts.step.precision,
         )  # fmt: skip
         dist.all_reduce(sums)
-        if self.rank == 0:
-            steps = self._cursor.steps(self.parts.geometry)
-            record = {"kind": "evaluation", "window": window, "steps": steps, "tokens": self._tokens}
-            self.parts.sink.note(record | {"sets": evaluator.close(sums)})
+        if self.rank != 0:
+            return None
+        steps, sets = self._cursor.steps(self.parts.geometry), evaluator.close(sums)
+        record = {"kind": "evaluation", "window": window, "steps": steps, "tokens": self._tokens}
+        self.parts.sink.note(record | {"sets": sets})
+        losses = [math.nan if one["loss"] is None else one["loss"] for one in sets.values()]
+        return Evaluation(sets=tuple(sets), loss_s=np.array(losses, dtype=np.float64))
+
+    def _probe(self, window: int, record: dict[str, Any]) -> Influence | None:
+        """After that window was trained; what was found, on the first rank. The record is told what it cost."""
+        probe = self.parts.probe
+        if probe is None or not probe.due(window):
+            return None
+        begin = time.perf_counter()
+        sums = probe.measure(
+            self.model, self.optimizer, window, rank=self.rank, world_size=self.world_size, device=self.device,
+            precision=self.parts.step.precision,
+        )  # fmt: skip
+        dist.all_reduce(sums)
+        if self.rank != 0:
+            return None
+        found = probe.close(sums, self._rate)
+        record["probe_s"] = time.perf_counter() - begin
+        record["probe_tokens"] = found.tokens
+        return found
 
     # ---- checkpoints ------------------------------------------------------------------------------------
 

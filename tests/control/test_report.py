@@ -277,11 +277,14 @@ def test_influence_is_drawn_where_the_journal_has_it(tmp_path):
     folder = make_run(tmp_path / "run", 6, trained=4)
     teller = Teller(folder)
     names = make_catalog().names
-    matrix = {name: [0.1 * place, None] for place, name in enumerate(names)}
-    teller.tell("influence", window=2, targets=["code_new", "questions"], matrix=matrix)
-    teller.tell("influence", window=2, targets=["code_new", "questions"], matrix=matrix)
+    benefit = {"code_new": dict(zip(names, np.arange(len(names)) / 10, strict=True)), "questions": dict.fromkeys(names)}
+    influence = {"metric": "adam", "targets": ["code_new", "questions"], "benefit": benefit, "error": benefit}
+    teller.tell("window", window=4, influence=influence)
+    teller.tell("window", window=4, influence=influence)
+    teller.tell("window", window=5, influence=influence | {"benefit": {"code_new": {"nobody": 1.0}}})  # damaged
     record = read_record(folder)
-    assert len(record.influence) == 1
+    assert [one["window"] for one in record.influence] == [4]
+    assert record.influence[0]["matrix"][names[2]][0] == 0.2 and np.isnan(record.influence[0]["matrix"][names[2]][1])
     assert "influence-0.png" in {path.name for path in write_report(folder)}
 
 
