@@ -16,7 +16,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types properties bench figures lock clean
+.PHONY: help demo test slow lint types properties bench figures lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -24,7 +24,6 @@ help: ## this list
 demo: $(ready) ## prepare the demo corpus and train on it with two workers while a policy moves the weights
 	$(bin)/mixer prepare configs/demo.yaml
 	$(bin)/mixer train configs/demo.yaml
-	$(bin)/mixer show schedule runs/demo
 
 # The second run may find no test to run (pytest's 5): that is no failure of the first.
 test: $(ready) ## all tests, the fast ones first

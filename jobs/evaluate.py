@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from mixer.run import RunConfig, make_model, open_rows
 from mixer.training.assessment import assess
 from mixer.training.checkpoint import load_model
 from mixer.training.checkpoint_folder import find
+
+LINE_S = 10.0  # between lines where no terminal shows them in place
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,11 +67,26 @@ def main(argv: list[str] | None = None) -> int:
         task_limit=args.harness_limit,
         device=args.device,
         precision=args.precision or config.step.precision,
+        on_rows=Progress(),
     )
     print("\n".join(lines(result)))
     if args.json:
         write_json(args.json, result)
     return 0
+
+
+class Progress:
+    """How many rows are done: in place on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        self._is_terminal, self._said_s = sys.stderr.isatty(), time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._is_terminal:
+            print(f"\r\x1b[K{done:,} of {total:,} rows", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._said_s >= LINE_S:
+            print(f"{done:,} of {total:,} rows", file=sys.stderr, flush=True)
+            self._said_s = time.monotonic()
 
 
 def find_checkpoint(run: Path, wanted: str) -> Path:

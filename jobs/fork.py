@@ -11,6 +11,7 @@ from pathlib import Path
 from jobs.train import to_the_end
 from mixer import cli
 from mixer.branch import make_fork
+from mixer.config import policy_file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("run", type=Path, help="the folder of the run")
     top.add_argument("overrides", nargs="*", metavar="key=value", help="options that the new run has otherwise")
     top.add_argument("--at-step", type=int, required=True, help="its newest checkpoint at or before this step is taken")
-    top.add_argument("--to", type=Path, required=True, help="the folder of the new run")
-    top.add_argument("--policy", type=Path, help="a YAML file with a section `policy`, in place of the run's")
+    top.add_argument("--to", type=Path, help="the folder of the new run; else RUN-at-N beside the run's")
+    top.add_argument("--policy", help="the kind of another policy, or a YAML file with a section `policy`")
     top.add_argument("--catalog", type=Path, help="a catalog file; for another corpus set corpus.path")
     top.add_argument("--no-train", action="store_true", help="only make the folder; `mixer train` takes its run.yaml")
     return top
@@ -27,12 +28,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
-    made = make_fork(
-        args.run, args.to, args.at_step, policy=args.policy, catalog=args.catalog, overrides=args.overrides
-    )
+    run = args.run.absolute()
+    to = args.to or run.parent / f"{run.name}-at-{args.at_step}"
+    policy = policy_file(args.policy) if args.policy else None
+    made = make_fork(args.run, to, args.at_step, policy=policy, catalog=args.catalog, overrides=args.overrides)
     print(made.text, flush=True)
     if args.no_train:
-        print(f"the run is in {made.config.run.folder}; `mixer train {args.to / 'run.yaml'}` goes on with it")
+        print(f"the run is in {made.config.run.folder}; `mixer train {to / 'run.yaml'}` goes on with it")
         return 0
     return to_the_end(made.config, made.rows)
 

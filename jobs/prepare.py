@@ -50,9 +50,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mixer prepare", description=__doc__)
     top.add_argument("config", nargs="+", help="YAML files, then key=value overrides")
     top.add_argument(
-        "--address",
-        default=cluster_inside(os.environ),
-        help="of a running Ray cluster; else a job's own, or one that is started on this machine",
+        "--address", help="of a running Ray cluster; else a job's own, or one that is started on this machine"
     )
     top.add_argument("--cpus", type=int, help="of the Ray started here; all if not given")
     top.add_argument("--object-store-mb", type=int, help="of the Ray started here")
@@ -68,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"{', '.join(files)}: no section `prepare`. It says which files become which domains.")
     printer = Printer()
     small_bytes = 0 if args.ray or args.cpus or args.address else SMALL_BYTES
+    address = args.address or cluster_inside(os.environ)
     with RayRunner(
-        address=args.address, num_cpus=args.cpus, memory_mb=args.object_store_mb, small_bytes=small_bytes
+        address=address, num_cpus=args.cpus, memory_mb=args.object_store_mb, small_bytes=small_bytes
     ) as runner:
         try:
             summary = prepare(options, runner, printer)

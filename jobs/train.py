@@ -5,6 +5,7 @@ import sys
 import time
 from typing import Any
 
+from jobs import prepare
 from mixer import cli
 from mixer.config import load
 from mixer.control.description import redacted
@@ -19,11 +20,16 @@ SHOWN = 4  # domains
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mixer train", description=__doc__)
     top.add_argument("config", nargs="+", help="YAML files, then key=value overrides, as train.windows=64")
+    top.add_argument(
+        "--prepare", action="store_true", help="first make the corpora of section `prepare`, or complete them"
+    )
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
+    if args.prepare:
+        prepare.main(args.config)
     files = [one for one in args.config if "=" not in one]
     config = load(RunConfig, files, [one for one in args.config if "=" in one])
     return to_the_end(config, open_rows(config))
@@ -34,7 +40,7 @@ def to_the_end(config: RunConfig, rows: CatalogRows) -> int:
     lines = Lines()
     print(f"run {config.run.folder}", flush=True)
     try:
-        finish = fit(config, rows, on_status=lines)
+        finish = fit(config, rows, on_status=lines, say=lines.say)
     finally:
         lines.close()
     print(closing(config, finish))
@@ -63,6 +69,9 @@ class Lines:
             print(line, file=sys.stderr, flush=True)
             self._printed_s = now_s
         self._window = last["window"]
+
+    def say(self, text: str) -> None:
+        print(f"\n{text}" if self._is_terminal and self._window >= 0 else text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._is_terminal and self._window >= 0:

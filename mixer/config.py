@@ -83,6 +83,17 @@ def shipped() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
 
 
+def policy_file(named: str) -> Path:
+    """A YAML file of a policy: the one that is named, or the one that comes with mixer for a kind."""
+    path, own = Path(named), shipped() / "policy" / f"{named}.yaml"
+    if path.suffix in (".yaml", ".yml") or path.is_file() or not own.is_file():
+        if not path.is_file():
+            kinds = ", ".join(sorted(file.stem for file in own.parent.glob("*.yaml")))
+            raise ConfigError(f"{named} is neither a file nor a kind of policy. Name a YAML file, or one of {kinds}.")
+        return path
+    return own
+
+
 @dataclass(frozen=True, slots=True)
 class _Node:
     """A value and where it was read; what mappings and lists hold are nodes again."""

@@ -87,10 +87,11 @@ def fit(
     *,
     work: Callable[[Job], None] = work,
     on_status: Callable[[Status], None] = lambda status: None,
+    say: Callable[[str], None] = lambda text: None,
     every_s: float = 0.5,
 ) -> Finish:
     """Begin the run, or go on with it, until it ends; `work` is what every worker does. A folder that was made to
-    repeat a schedule repeats it."""
+    repeat a schedule repeats it. `on_status` is told the run's status again and again, `say` what a signal brings."""
     folder = config.run.folder
     if folder.exists():
         require_free(folder)
@@ -112,7 +113,7 @@ def fit(
             # Workers run in folders of their own.
             absolute = replace(config, run=replace(config.run, path=str(folder)))
             trainer = make_trainer(Job(absolute, rows, followed or client, actor, planned, older), work)
-            error = _run(trainer.fit, client, on_status, every_s)
+            error = _run(trainer.fit, client, on_status, every_s, say)
             status = client.call("status")
             _raise(error, status, config)
             ending = status["ending"]
@@ -125,7 +126,11 @@ def fit(
 
 
 def _run(
-    call: Callable[[], Any], client: ControllerClient, on_status: Callable[[Status], None], every_s: float
+    call: Callable[[], Any],
+    client: ControllerClient,
+    on_status: Callable[[Status], None],
+    every_s: float,
+    say: Callable[[str], None],
 ) -> Exception | None:
     """Runs `call` in a thread; here signals are taken and the status is told."""
     failed: list[Exception] = []
@@ -137,7 +142,7 @@ def _run(
             failed.append(error)
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    with _Asked() as asked:
+    with _Asked(say) as asked:
         thread.start()
         while thread.is_alive():
             thread.join(every_s)
@@ -151,9 +156,10 @@ def _run(
 class _Asked:
     """SIGINT and SIGTERM: counted the first time, a KeyboardInterrupt the second."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.times = 0
         self.why = ""
+        self._say = say
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Asked":
@@ -170,6 +176,7 @@ class _Asked:
         self.why = signal.Signals(number).name
         if self.times > 1:
             raise KeyboardInterrupt
+        self._say(f"{self.why}: saving a checkpoint, then the run ends; once more gives up at once")
 
 
 def _raise(error: Exception | None, status: Status, config: RunConfig) -> None:

@@ -24,8 +24,9 @@ import ray
 
 from mixer.control.client import ControllerClient, to_plain
 from mixer.control.openrun import Charge, OpenRun
+from mixer.core import errors
 from mixer.core.catalog import Catalog
-from mixer.core.errors import ResumeError, ScheduleError
+from mixer.core.errors import MixerError, ResumeError, ScheduleError
 from mixer.core.signal import Signal
 
 logger = logging.getLogger(__name__)
@@ -114,10 +115,14 @@ class ControllerActor:
         return await self._in_thread(lambda run: len(run.schedule))
 
     async def rows(self, window: int) -> list[tuple[Any, ...]]:
-        """The rows from `window` on, as many as exist; none if it does not exist within WAIT_S."""
+        """The rows from `window` on, as many as exist; none if it does not exist within WAIT_S. Raises the error that
+        the run fails with."""
         run = await asyncio.to_thread(self._opened)
         deadline = time.monotonic() + WAIT_S
         while run.row_or_none(window) is None:
+            if self._failure is not None:
+                kind, text = self._failure
+                raise getattr(errors, kind, MixerError)(text)
             left = deadline - time.monotonic()
             if left <= 0:
                 return []
@@ -160,6 +165,7 @@ class ControllerActor:
     async def fail(self, kind: str, text: str) -> None:
         """The run cannot go on; workers that are started again end at once with the same error."""
         self._failure = self._failure or (kind, text)
+        self._wake()
 
     async def failure(self) -> tuple[str, str] | None:
         return self._failure

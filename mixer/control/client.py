@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -172,6 +173,11 @@ class _Sender:
             with self._idle:
                 self._error = error
                 self._idle.notify_all()
+            # The loop may be waiting for rows that nobody will decide now.
+            with suppress(Exception):
+                self._client.fail(
+                    error if isinstance(error, MixerError) else MixerError(f"a signal was lost: {error!r}")
+                )
 
     def _report_kept(self) -> None:
         for window in sorted(self._kept):

@@ -112,6 +112,7 @@ class Controller:
             catalog=catalog,
             prior=prior,
             window_slots=geometry.window_slots,
+            window_steps=geometry.window_steps,
             first_window=options.lag_windows + 1,
             planned_windows=planned_windows,
             targets=targets,

@@ -59,16 +59,16 @@ class Setting:
     catalog: Catalog
     prior: Mixture
     window_slots: int
+    window_steps: int = 1
     first_window: int = 1
     start_window: int = 0  # the first window whose signal the policy is shown: where a fork begins, else 0
     planned_windows: int | None = None  # None: the run ends when somebody ends it
     targets: tuple[str, ...] = ()  # what the run is to become good at, as far as it is measured
 
     def __post_init__(self) -> None:
-        if self.window_slots < 1 or self.first_window < 0:
-            raise ConfigError(
-                f"window_slots={self.window_slots}, first_window={self.first_window}; they need to be at least 1 and 0."
-            )
+        if self.window_slots < 1 or self.window_steps < 1 or self.first_window < 0:
+            found = f"window_slots={self.window_slots}, window_steps={self.window_steps}"
+            raise ConfigError(f"{found}, first_window={self.first_window}; they need to be at least 1, 1 and 0.")
         if self.start_window < 0:
             raise ConfigError(f"start_window={self.start_window}; it needs to be at least 0.")
         if self.planned_windows is not None and self.planned_windows < 1:

@@ -4,7 +4,7 @@ The three have nothing in common but the model and the tokenizer of its corpus, 
 out is plain data, ready for JSON.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ def assess(
     task_limit: int | None = None,
     device: torch.device | str = "cpu",
     precision: Precision = "float32",
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure a model of the corpus `train` on the corpora beside it, on files of questions and on tasks.
 
     What cannot be had (a file with a mistake, a package that is missing) is refused before anything is computed.
+    `on_rows` is told how many rows of the sets are done, and of how many.
     """
     options = options or EvaluationOptions()
     rows = train.manifest.layout.row_tokens
@@ -42,8 +44,11 @@ def assess(
     tokenizer = open_tokenizer(train) if questions or tasks else None
     lm = make_lm(model, tokenizer, **scoring) if tasks and tokenizer else None
     evaluator = Evaluator.beside(train, options, cross_document_targets=cross_document_targets)
+    sums = evaluator.measure(
+        model, device=device, precision=precision, on_rows=lambda done: on_rows(done, evaluator.num_rows)
+    )
     result: dict[str, Any] = {
-        "sets": evaluator.close(evaluator.measure(model, device=device, precision=precision)),
+        "sets": evaluator.close(sums),
         "choices": {},
         "tasks": {},
     }

@@ -74,12 +74,14 @@ class CheckpointOptions:
     keep: int = 3  # the newest
     keep_every_windows: int | None = None  # those at the start of such windows are kept for good, as forks need them
     asynchronous: bool = True
+    max_failed: int = 3  # saves on end that may fail before the run does; one that is waited for may not
 
     def __post_init__(self) -> None:
-        for name in ("every_windows", "keep", "keep_every_windows"):
+        for name in ("every_windows", "keep", "keep_every_windows", "max_failed"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}; it must be at least 1{'' if name == 'keep' else ', or null'}.")
+                allowed = "" if name in ("keep", "max_failed") else ", or null"
+                raise ConfigError(f"{name}={value}; it must be at least 1{allowed}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class Checkpoints:
         self._rank, self._world_size, self._group = rank, world_size, group
         self._buffers: dict[str, Tensor] = {}
         self._pending: tuple[_Writer, Upload] | None = None
+        self.num_done = 0  # saves known to be whole
 
     def save(
         self,
@@ -165,6 +168,7 @@ class Checkpoints:
     def _finish(self, writer: "_Writer", result: Any) -> None:
         try:
             result()
+            self.num_done += 1
         except (Exception, CheckpointException) as error:
             writer.discard()
             rank, cause = _cause(error)

@@ -139,6 +139,11 @@ def find(folder: str | Path, at_steps: int | None = None) -> Path | None:
     return None
 
 
+def written(folder: str | Path) -> list[Path]:
+    """All that were finished, whether or not they are still whole."""
+    return [path for path in sorted(_folders(Path(folder)), key=_steps) if (path / RECORD).exists()]
+
+
 def path_of(folder: Path, steps: int) -> Path:
     return folder / f"{steps:09d}"
 

@@ -20,7 +20,7 @@ would look better than the model is. `bad_rows` then says how many there were.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -183,8 +183,12 @@ class Evaluator:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         precision: Precision = "float32",
+        on_rows: Callable[[int], None] = lambda done: None,
     ) -> Tensor:
-        """This rank's sums, int64, (5, sets): losses in grid points, tokens, rows, bad rows, bytes."""
+        """This rank's sums, int64, (5, sets): losses in grid points, tokens, rows, bad rows, bytes.
+
+        `on_rows` is told how many of `num_rows` all ranks have done.
+        """
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} of {world_size}; it must be 0 to {world_size - 1}.")
         losses = DomainLosses(len(self.sets), device)
@@ -199,6 +203,7 @@ class Evaluator:
                 loss_b = out.loss_bs.double().sum(1)[:num_rows]
                 bad = losses.add(rows, loss_b, (rows.target_bs >= 0).sum(1)[:num_rows])
                 bytes_d[0].index_add_(0, rows.domain_b, bytes_b * ~bad)
+                on_rows(min((first + world_size) * self.options.batch_rows, self.num_rows))
         return torch.cat([losses.sums, bytes_d])
 
     def close(self, sums: Tensor) -> dict[str, dict[str, Any]]:

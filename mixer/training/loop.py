@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -39,6 +41,7 @@ from mixer.core.plan import Cursor, Geometry
 from mixer.core.ports import SignalSink
 from mixer.core.signal import Evaluation
 from mixer.training.checkpoint import CheckpointOptions, Checkpoints, Saved
+from mixer.training.checkpoint_folder import written
 from mixer.training.evaluation import EvaluationOptions, Evaluator
 from mixer.training.optimizer import OptimizerOptions, make_optimizer
 from mixer.training.step import BadRow, DomainLosses, StepOptions, StepRows, WindowLosses, train_step
@@ -198,8 +201,9 @@ class _Loop:
         options = parts.options
         torch.set_num_threads(options.threads or max(1, int(options.cpus_per_worker)))
         # Sums on the host, and the exchanges of a checkpoint that is written behind the loop's back.
-        self._host = dist.new_group(backend="gloo")
-        self._saving = dist.new_group(backend="gloo")
+        patience = timedelta(seconds=options.timeout_s)
+        self._host = dist.new_group(backend="gloo", timeout=patience)
+        self._saving = dist.new_group(backend="gloo", timeout=patience)
         torch.manual_seed(options.seed * world_size + rank)
         self.model = parts.make_model().to(self.device)
         self._call = self._wrap()
@@ -214,7 +218,7 @@ class _Loop:
         self._notice = _Notice(preemption)
         self._trace = Trace(parts.trace, rank, world_size) if parts.trace else None
         self._micro = parts.step.micro_batches(parts.geometry.batch_rows, world_size)
-        self._begin_window()
+        self._failed_saves = 0
 
     # ---- the model --------------------------------------------------------------------------------------
 
@@ -226,7 +230,10 @@ class _Loop:
                 part.compile()
         if options.strategy == "fsdp":
             low = torch.bfloat16 if self.parts.step.precision == "bfloat16" else None
-            policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+            # Activations keep the types that autocast gives them, as they do without sharding.
+            policy = MixedPrecisionPolicy(
+                param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
+            )
             for part in [*layers, self.model]:
                 fully_shard(part, mp_policy=policy)
             return self.model
@@ -264,6 +271,7 @@ class _Loop:
         if self._cursor.steps(geometry) >= end:
             return self._finish("finished")
         batches = parts.batches(rank=self.rank, world_size=self.world_size, cursor=self._cursor)
+        self._begin_window()
         while (steps := self._cursor.steps(geometry)) < end:
             batch = self._next(batches)
             rows = StepRows.of(batch, cross_document_targets=parts.step.cross_document_targets)
@@ -453,10 +461,11 @@ class _Loop:
     def _resume(self) -> None:
         found = self._checkpoints.load_newest(self.model, self.optimizer)
         if found is None:
-            if (damaged := self._checkpoints.newest()) is not None:
+            folder = self.parts.checkpoints
+            if damaged := written(folder):
                 raise CheckpointError(
-                    f"every checkpoint of {damaged.parent} is damaged. Restore one from a copy, or remove the folder "
-                    "to train from the first step."
+                    f"every checkpoint of {folder} is damaged: {', '.join(path.name for path in damaged)}. "
+                    "Restore one from a copy, or remove the folder to train from the first step."
                 )
             return
         newest, saved = found
@@ -481,9 +490,27 @@ class _Loop:
             extra["skipped_steps"] = self._losses.skipped_steps
         steps = self._cursor.steps(self.parts.geometry)
         saved = Saved(cursor=self._cursor, sums=sums, tokens=self._tokens, extra=extra)
-        self._checkpoints.save(self.model, self.optimizer, saved, geometry_steps=steps, wait=wait)
-        if self.rank == 0:
+        self._saves(self._checkpoints.wait, last=False)  # the one before
+        save = partial(self._checkpoints.save, self.model, self.optimizer, saved, geometry_steps=steps, wait=wait)
+        if self._saves(save, last=wait) and self.rank == 0:
             self._event("checkpoint", f"{steps} steps")
+
+    def _saves(self, save: Callable[[], None], *, last: bool) -> bool:
+        """Whether it went well, on every rank alike. Else older checkpoints must do, until too many fail."""
+        before = self._checkpoints.num_done
+        try:
+            save()
+            if self._checkpoints.num_done > before:
+                self._failed_saves = 0
+        except CheckpointError as error:
+            self._failed_saves += 1
+            if last or self._failed_saves >= self.parts.checkpoint.max_failed:
+                raise
+            logger.warning("%s", error)
+            if self.rank == 0:
+                self._event("no_checkpoint", str(error))
+            return False
+        return True
 
     def _event(self, what: str, text: str) -> None:
         steps = self._cursor.steps(self.parts.geometry)

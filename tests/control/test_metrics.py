@@ -184,8 +184,14 @@ def read_back(text: str) -> str:
 def test_every_name_of_the_table_is_one_that_is_made():
     lines = (metrics.__doc__ or "").splitlines()
     table = {line.split()[0] for line in lines if line.startswith("    ") and "/" in line[:28]}
-    made = values(measures().of(window_record(2)))
-    plain = {key for key in made if key.startswith(("train/", "control/"))}
+    influence = {"benefit": {"code_new": {"a": 1.5, "b": None, "c": -2.0}}}
+    made = values(measures().of(window_record(2) | {"probe_s": 0.5, "probe_tokens": 64, "influence": influence}))
+    assert {key: made[key] for key in made if key.startswith("influence/")} == {
+        "influence/code_new/a": 1.5,
+        "influence/code_new/c": -2.0,
+    }
+    assert made["probe/tokens"] == 64
+    plain = {key for key in made if key.startswith(("train/", "control/", "probe/"))}
     assert {key for key in table if "<" not in key} == plain
     assert {key.split("/")[0] for key in table} == {key.split("/")[0] for key in made} | {"policy", "eval"}
 

@@ -146,7 +146,7 @@ def test_excess_adds_up_and_one_part_holds_what_all_ranks_measured() -> None:
     assert evaluation.of("target") == {"code": 2.0}
     assert np.array_equal(evaluation.at("validation", ["b", "a"]), [np.nan, np.nan], equal_nan=True)
     with pytest.raises(SignalError, match="one part of window 3 holds an excess"):
-        one + signal_of()
+        _ = one + signal_of()
     with pytest.raises(SignalError, match="both parts of window 3 hold its evaluation"):
-        one + one
+        _ = one + one
     assert one != signal_of(excess_sum_d=np.array([0.5, 0.0]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mixer.control.rundir import load_schedule
-from mixer.core.errors import DataError, ResumeError
+from mixer.core.errors import DataError, ResumeError, SignalError
 from mixer.launch import fit, live
 from mixer.run import open_rows, require_same
 from tests.runs.making import STEPS, WINDOWS, Fault, Outcome, config_of, options_of, work_with
@@ -79,6 +79,15 @@ def test_orders_on_a_live_run_are_bound_to_the_window_that_was_answered(texts, t
     assert schedule.row(WINDOWS - 1).weights_d.tolist() == schedule.row(paused - 1).weights_d.tolist()
     told = [(r["window"], r["text"]) for r in Outcome.of(config).records if r.get("what") == "order"]
     assert told == [(at, "set: more noise"), *((k, "paused: look at it") for k in range(paused, WINDOWS))]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_controller_that_refuses_to_go_on_ends_the_run_while_all_wait_for_rows(texts, tmp_path, ray_session, lag):
+    absurd = [f"controller.lag_windows={lag}", "controller.max_mean_loss=1e-6", "controller.max_held=2"]
+    config = config_of(texts, tmp_path / "run", *absurd)
+    with pytest.raises(SignalError, match=rf"last 2 windows were held, and so would be window {3 + lag}: .* mean loss"):
+        fit(config, open_rows(config), work=work_with())
+    assert len(load_schedule(config.run.folder)) == 3 + lag
 
 
 def test_a_bad_row_stops_the_run_by_rule_and_is_named(texts, tmp_path, undisturbed):

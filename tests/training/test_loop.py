@@ -10,9 +10,10 @@ import torch
 
 from mixer.control.controller import Controller
 from mixer.control.rundir import RunDir, load_schedule
+from mixer.core.errors import CheckpointError
 from mixer.data.reader import WindowReader
 from mixer.run import Job, make_parts, make_policy, make_prior, open_rows
-from mixer.training import loop
+from mixer.training import checkpoint, loop
 from tests.runs.making import STEPS, BadRow, Outcome, config_of, make_texts
 from tests.training.ranks import run
 
@@ -100,13 +101,16 @@ def attempts(rank: int, world_size: int, _: Any, script: list[tuple[Any, dict[st
     return [attempt(rank, *one) for one in script]
 
 
-def attempt(rank: int, config: Any, happens: dict[str, int]) -> tuple[str, list[Any]]:
+def attempt(rank: int, config: Any, happens: dict[str, Any]) -> tuple[str, list[Any]]:
     if rank == 0 and "harmed" in happens:  # before the ranks meet
         newest = max((config.run.folder / "checkpoints").iterdir())
         for file in newest.glob("*.data"):
             data = bytearray(file.read_bytes())
             data[len(data) // 2] ^= 1
             file.write_bytes(data)
+    if "all harmed" in happens and rank == 0:
+        for file in (config.run.folder / "checkpoints").glob("*/*.data"):
+            file.write_bytes(b"nothing")
     rows, bad = open_rows(config), BadRow()
     hand: Any = Hand(config, rows) if rank == 0 else Watch(config.run.folder)
     parts = make_parts(Job(config, rows, hand, None, SHORT), hand)
@@ -124,11 +128,23 @@ def attempt(rank: int, config: Any, happens: dict[str, int]) -> tuple[str, list[
                 bad.tokens = torch.as_tensor(batch.tokens[0])
             yield batch
 
+    real, number = checkpoint.save, [0]
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        number[0] += 1
+        if number[0] in happens.get("unsaved", ()):
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    checkpoint.save = save
     try:
         ending = loop.train(replace(parts, batches=batches, make_model=lambda: bad.put_into(parts.make_model())))
     except KilledError:
         ending = "killed"
+    except CheckpointError as error:
+        ending = str(error)
     finally:
+        checkpoint.save = real
         hand.close()
     return ending, hand.records if rank == 0 else []
 
@@ -151,6 +167,12 @@ def runs(tmp_path_factory):
     plan |= {f"stopped {step}": (make(f"stopped {step}"), [{"stopped": step}, {}]) for step in STOPPED}
     plan |= {f"killed {step}": (make(f"killed {step}"), [{"killed": step}, {}]) for step in KILLED}
     plan["harmed"] = make("harmed"), [{}, {"harmed": 1}]
+    plan["unsaved"] = make("unsaved"), [{"unsaved": [1]}]
+    plan["never saved"] = (
+        make("never saved", "checkpoint.every_windows=1", "checkpoint.max_failed=2"),
+        [{"unsaved": [1, 2]}],
+    )
+    plan["all harmed"] = make("all harmed"), [{}, {"all harmed": 1}]
     plan["natural"] = make("natural", "policy={kind: natural}"), [{}]
     plan["three"] = make("three", "policy={kind: natural}"), [{"stopped": 6}]
     plan["bad"] = make("bad", "step.bad_loss=stop"), [{"bad": 5, "stopped": 6}, {}, {}]
@@ -165,7 +187,11 @@ def runs(tmp_path_factory):
 
     go(2, [(name, happens) for name, (_, script) in plan.items() for happens in script])
     go(3, [("three", {})])
-    return {name: (Outcome.of(config), endings, losses) for name, (config, endings, losses) in done.items()}
+    lost = ("never saved", "all harmed")  # without a checkpoint that can be read
+    return {
+        name: (None if name in lost else Outcome.of(config), endings, losses)
+        for name, (config, endings, losses) in done.items()
+    }
 
 
 @pytest.mark.parametrize("step", STOPPED)
@@ -192,6 +218,21 @@ def test_a_harmed_checkpoint_is_passed_over_for_the_one_before_it(runs):
     assert endings == ["finished", "finished"]
     harmed.require_same(undisturbed)
     assert losses == expected
+
+
+def test_a_save_that_fails_costs_no_run_until_too_many_do(runs):
+    unsaved, endings, losses = runs["unsaved"]
+    undisturbed, _, expected = runs["undisturbed"]
+    assert endings == ["finished"]
+    unsaved.require_same(undisturbed)
+    assert losses == expected
+    (ending,) = runs["never saved"][1]
+    assert "was not saved: " in ending and "No space left on device" in ending
+
+
+def test_where_all_checkpoints_are_harmed_the_run_is_refused(runs):
+    assert runs["all harmed"][1][0] == "finished"
+    assert "every checkpoint of " in runs["all harmed"][1][1]
 
 
 def test_begun_by_two_ranks_and_gone_on_with_by_three(runs):

@@ -1,7 +1,7 @@
 """ODM, online data mixing (arXiv 2312.02406): domains are the arms of a bandit, a domain's loss its reward.
 
-With K domains, L_i the mean loss of domain i in the window, t the window's number from 1 (counted from where
-the policy starts), and
+With K domains, L_i the mean loss of domain i in the window, t the steps trained with it (counted from where the
+policy starts), and
     eps_t = min(1 / K, sqrt(ln K / (K t)))
 `released`, as the authors' code does (SmoothedMeanWeightUpdater):
     R_i <- s R_i + (1 - s) exp(L_i);   w_i = (1 - K eps_t) R_i / sum_j R_j + eps_t
@@ -11,7 +11,7 @@ where pi_i is the weight that this policy asked for when the window was decided,
 update before. Domains without tokens keep their R. Only losses are asked about: a hard or noisy domain is paid
 as well as a useful one.
 
-Departures: t counts windows, not steps; losses are held to [0, max_loss] before exp; pi_i is taken before the
+Departures: one update a window, not a step; losses are held to [0, max_loss] before exp; pi_i is taken before the
 guard rails; there is no warm-up (the prior is in force for the first windows).
 """
 
@@ -48,6 +48,7 @@ class Odm:
             "reward_d": np.zeros(num),
             "epsilon": np.array(1.0 / num),
             "start_window": np.array(setting.start_window, dtype=np.int64),
+            "window_steps": np.array(setting.window_steps, dtype=np.int64),
             # What each of the windows between a decision and its signal was decided with, by window % first_window.
             "pi_wd": np.tile(setting.prior.weights_d, (setting.first_window, 1)),
         }
@@ -55,7 +56,7 @@ class Odm:
     def update(self, state: State, signal: Signal) -> tuple[State, NDArray[np.float64]]:
         reward_d, before, pi_wd = state["reward_d"].copy(), float(state["epsilon"]), state["pi_wd"].copy()
         num, loss_d, place = len(reward_d), signal.loss_d, signal.window % len(pi_wd)
-        time = signal.window - int(state["start_window"]) + 1
+        time = (signal.window - int(state["start_window"]) + 1) * int(state["window_steps"])
         epsilon = min(1.0 / num, math.sqrt(math.log(num) / (num * time)))
         seen_d = np.isfinite(loss_d) & (pi_wd[place] > 0)
         loss_s = np.clip(loss_d[seen_d], 0.0, self.max_loss)
