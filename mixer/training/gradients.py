@@ -12,8 +12,9 @@ over elements (inner products, sketches) is summed over pieces first and over ra
 AdamW's own denominator as it stands, so that <a, D^-1 b> is what a step along b does to a, and products of one side
 with itself are squares. A parameter that learns at a multiple of the run's rate has that multiple in it. Left out:
 momentum (it averages the same gradients), weight decay (the same whatever is trained on) and clipping (one factor
-for all). `ekfac` and whatever else is symmetric but has no square root at hand goes on the targets alone: see
-`Preconditioner`.
+for all); and elements that never had a gradient, because 1 / eps of theirs would be all that is seen, while the
+optimizer would count the new gradient among the second moments before it divides. `ekfac`, and whatever else is
+symmetric but has no square root at hand, goes on the targets alone: see `Preconditioner`.
 
 **Sketches** (`CountSketch`): Charikar, Chen, Farach-Colton 2002; as feature hashing, Weinberger et al., 0902.2206.
 Each element goes, with a random sign, to one of k sums, so inner products of sketches are those of gradients on
@@ -222,7 +223,8 @@ def adam_scales(pieces: Sequence[Piece], optimizer: torch.optim.Optimizer) -> di
         steps = torch.as_tensor(state["step"], dtype=torch.float64, device=moment.device)
         corrected = moment / (1.0 - group["betas"][1] ** steps)
         denominator = corrected.sqrt() + group["eps"]
-        scales[piece.name] = (group.get("rate_scale", 1.0) / denominator).sqrt().to(moment.dtype)
+        scale = (group.get("rate_scale", 1.0) / denominator).sqrt()
+        scales[piece.name] = torch.where(moment > 0, scale, 0.0).to(moment.dtype)
     return scales
 
 
