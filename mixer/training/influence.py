@@ -31,9 +31,9 @@ flatters the run.
 Functional dropout (inside attention kernels, say) stays as it is in training; dropout modules are off.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -53,27 +53,15 @@ from mixer.core.probe_plan import (
     budgeted_windows,
     computed_rows,
     plan_probe,
-    share_parts,
-    share_rows,
 )
 from mixer.core.signal import GRID
 from mixer.data.corpus import CatalogRows, Corpus
 from mixer.data.reader import Batch
 from mixer.data.window import locate
 from mixer.training.evaluation import EvaluationOptions, choose_rows, corpora_beside, refuse_other
-from mixer.training.gradients import (
-    CountSketch,
-    Kept,
-    Piece,
-    Precision,
-    Preconditioner,
-    adam_scales,
-    choose_pieces,
-    is_sharded,
-    probing,
-    sum_gradient,
-)
-from mixer.training.step import DomainLosses, StepRows
+from mixer.training.gradients import CountSketch, Precision, Preconditioner, adam_scales, choose_pieces, probing
+from mixer.training.probe_work import Harvested, ProbeWork
+from mixer.training.step import StepRows
 
 FEW_TARGETS = 4  # that `auto` projects on
 Floats = NDArray[np.float64]
@@ -122,14 +110,6 @@ class ProbeFacts:
     evaluation: EvaluationOptions | None = None  # whose rows of the targets are left alone
 
 
-class Harvested(NamedTuple):
-    """Sums over the micro-batches of this rank, by part of a domain; see `mixer.training.harvest`."""
-
-    tokens_p: Tensor
-    rows_p: Tensor
-    sketch_pk: Tensor
-
-
 class Probe:
     """The probes of one catalog. Immutable; every worker builds or is sent the same."""
 
@@ -142,7 +122,7 @@ class Probe:
         facts: ProbeFacts,
     ) -> None:
         self.options, self.facts = options, facts
-        self._rows, self._target_rows = rows, None if targets is None else targets.by_source
+        self.rows, self.target_rows = rows, None if targets is None else targets.by_source
         self._seed = geometry.seed
         if targets is not None:
             refuse_other(rows.corpus.manifest, targets)
@@ -228,14 +208,29 @@ class Probe:
             return torch.full((self._size,), torch.nan, dtype=torch.float64, device=device)
         plan = self.plan(max(0, self.cadence.number(window)))
         with probing(model, device, precision):
-            work = _Work(self, model, pieces, scales, preconditioner, plan, (rank, world_size), torch.device(device))
-            products = {"targets": work.project, "sketch": work.sketch, "store": work.store}[self.method](harvested)
+            work = ProbeWork(
+                plan,
+                self.num_domains,
+                self.domain_parts,
+                partial(self.read, plan),
+                model=model,
+                pieces=pieces,
+                scales=scales,
+                preconditioner=preconditioner,
+                batch_rows=options.batch_rows,
+                ranks=(rank, world_size),
+                device=device,
+            )
+            if self.method == "sketch":
+                products = work.sketch(CountSketch(options.sketch_width, options.seed), harvested)
+            else:
+                products = work.project() if self.method == "targets" else work.store()
         stats = work.losses.sums.double()
         if harvested is not None:
             stats[0, : self.domain_parts] = torch.nan
             stats[1, : self.domain_parts] = harvested.tokens_p
             stats[2, : self.domain_parts] = harvested.rows_p
-        places = work.computed_rows * self._rows.catalog.row_tokens
+        places = work.computed_rows * self.rows.catalog.row_tokens
         computed = torch.tensor([places], dtype=torch.float64, device=device)
         return torch.cat([computed, stats.flatten(), products.flatten()])
 
@@ -336,15 +331,15 @@ class Probe:
         first = int(plan.rows_p[: share.part].sum()) + share.begin
         size = share.end - share.begin
         cuts = [slice(first + size * k // micro, first + size * (k + 1) // micro) for k in range(micro)]
-        nothing = StepRows.nothing(self._rows.catalog.row_tokens, "cpu")
+        nothing = StepRows.nothing(self.rows.catalog.row_tokens, "cpu")
         return [self._read(plan, cut) if cut.start < cut.stop else nothing for cut in cuts]
 
     def _read(self, plan: ProbePlan, cut: slice) -> StepRows:
         group, row_n = int(plan.group_n[cut.start]), plan.row_n[cut]
-        rows, domain = self._rows, group
+        rows, domain = self.rows, group
         if group >= self.num_domains:
-            assert self._target_rows is not None
-            rows, domain = self._target_rows, group - self.num_domains
+            assert self.target_rows is not None
+            rows, domain = self.target_rows, group - self.num_domains
         geometry = Geometry(window_steps=1, batch_rows=len(row_n))
         domain_n = np.full(len(row_n), domain, dtype=np.int32)
         found = locate([WindowPlan(0, rows.catalog, geometry, domain_n, row_n, np.zeros_like(row_n))], rows, 0, 1)
@@ -359,94 +354,6 @@ class Probe:
             starts_offsets=found.starts_offsets,
         )
         return StepRows.of(batch, cross_document_targets=self.facts.cross_document_targets)
-
-
-class _Work:
-    """One rank's part of one probe, within `probing`."""
-
-    def __init__(
-        self,
-        probe: Probe,
-        model: nn.Module,
-        pieces: list[Piece],
-        scales: dict[str, Tensor],
-        preconditioner: Preconditioner | None,
-        plan: ProbePlan,
-        ranks: tuple[int, int],
-        device: torch.device,
-    ) -> None:
-        self._probe, self._model, self._pieces, self._device = probe, model, pieces, device
-        self._scales, self._preconditioner, self._plan = scales, preconditioner, plan
-        self._rank, self._world_size = ranks
-        self._sharded = any(is_sharded(piece.parameter) for piece in pieces)
-        self._planned_domains = int((plan.group_p < probe.num_domains).sum())
-        # Where domains are harvested they have other parts than are planned, so those of targets stand elsewhere.
-        self._shift = probe.domain_parts - self._planned_domains
-        self._num = probe.domain_parts + probe.target_parts
-        self.losses = DomainLosses(self._num, device)
-        self.computed_rows = 0
-
-    def project(self, _: Harvested | None) -> Tensor:
-        split, targets = self._probe.domain_parts, self._probe.target_parts
-        kept = Kept(self._pieces, targets)
-        speaks = self._sharded or self._rank == 0  # else all ranks would count the same targets
-        booked = self.losses if speaks else DomainLosses(self._num, self._device)
-        alone = None if self._sharded else (0, 1)
-        for part, gradient in self._gradients(range(split, split + targets), booked, alone):
-            kept.put(part - split, gradient)
-        products = torch.zeros(self._num, targets, dtype=torch.float64, device=self._device)
-        if speaks:
-            products[split:] = kept.gram()
-        for part, gradient in self._gradients(range(split), self.losses):
-            products[part] += kept.products(gradient)
-        return products
-
-    def sketch(self, harvested: Harvested | None) -> Tensor:
-        options, split = self._probe.options, self._probe.domain_parts
-        sketch = CountSketch(options.sketch_width, options.seed)
-        sums = torch.zeros(self._num, options.sketch_width, dtype=torch.float64, device=self._device)
-        if harvested is not None:
-            sums[:split] = harvested.sketch_pk
-        for part, gradient in self._gradients(range(0 if harvested is None else split, self._num), self.losses):
-            sketch.add_gradient(sums[part], self._pieces, gradient)
-        return sums
-
-    def store(self, _: Harvested | None) -> Tensor:
-        if not self._sharded and self._rank > 0:
-            return torch.zeros(self._num, self._num, dtype=torch.float64, device=self._device)
-        kept = Kept(self._pieces, self._num)
-        for part, gradient in self._gradients(range(self._num), self.losses, None if self._sharded else (0, 1)):
-            kept.put(part, gradient)
-        return kept.gram()
-
-    def _gradients(
-        self, parts: range, losses: DomainLosses, ranks: tuple[int, int] | None = None
-    ) -> Iterator[tuple[int, list[Tensor]]]:
-        """This rank's share of some parts, of a sharded model its pieces of all of them; by the parts' numbers."""
-        first = parts.start - self._shift  # the same part as it is planned
-        rows_p: list[int] = self._plan.rows_p[first : first + len(parts)].tolist()
-        rank, world_size = ranks or (self._rank, self._world_size)
-        most = self._probe.options.batch_rows
-        for share in (share_parts if self._sharded else share_rows)(rows_p, rank, world_size):
-            largest = -(-rows_p[share.part] // world_size) if self._sharded else share.end - share.begin
-            micro = -(-largest // (most or largest))  # as many on all ranks of a sharded model
-            batches = self._probe.read(self._plan, share._replace(part=first + share.part), micro)
-            batches = [rows._replace(domain_b=rows.domain_b + self._shift).to(self._device) for rows in batches]
-            self.computed_rows += sum(len(rows.tokens_bs) for rows in batches)
-            part = parts.start + share.part
-            yield part, self._in_metric(part, batches, losses)
-
-    def _in_metric(self, part: int, batches: list[StepRows], losses: DomainLosses) -> list[Tensor]:
-        named = sum_gradient(self._model, self._pieces, batches, losses, self._world_size)
-        if self._preconditioner is not None and part >= self._probe.domain_parts:
-            whole = {name: one.full_tensor() if is_sharded(one) else one for name, one in named.items()}  # pyright: ignore[reportAttributeAccessIssue]
-            named = dict(self._preconditioner.precondition(whole))
-            if missing := whole.keys() - named.keys():
-                raise ConfigError(
-                    f"the preconditioner gave nothing for {sorted(missing)[:4]}. Let `layers` name what it covers."
-                )
-        flat = {piece.name: piece.local(named[piece.name]) for piece in self._pieces}
-        return [flat[name] * self._scales[name] if self._scales else flat[name] for name in flat]
 
 
 # --- what is chosen -----------------------------------------------------------------------------------

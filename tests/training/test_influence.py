@@ -1,6 +1,7 @@
 """Probes: exact against plain autograd, the same on any ranks, and without a trace in training."""
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def folders(tmp_path_factory):
     return prepared(folder / "a", TEXTS), prepared(folder / "b", TARGETS)
 
 
-def make_probe(folders, *, facts=FACTS, targets=True, **options):
+def make_probe(folders, *, facts=FACTS, targets=True, **options) -> Any:
     values = {"rows": 6, "parts": 3, "sketch_width": 512, "layers": ("layers.*",)} | options
     return Probe(
         Corpus.open(folders[0]).by_source,
@@ -85,7 +86,7 @@ def rows_of(probe, plan, parts):
     for part in parts:
         for place in np.flatnonzero(plan.part_n == part).tolist():
             group, row = int(plan.group_n[place]), plan.row_n[place : place + 1]
-            corpus, domain = (probe._rows.corpus, group) if group < 3 else (probe._target_rows.corpus, group - 3)
+            corpus, domain = (probe.rows.corpus, group) if group < 3 else (probe.target_rows.corpus, group - 3)
             shard, at = (int(value[0]) for value in corpus.locate(np.array([domain]), row))
             found = corpus.shard(shard)
             starts = np.asarray(found.starts[at].as_py(), dtype=np.int32)
@@ -118,7 +119,7 @@ def by_autograd(probe, model, number=0, scales=None, names=None):
     return (stacked @ stacked.T).numpy(), np.array(losses)
 
 
-def measured(probe, model, optimizer, window=0, rate=0.5, **how):
+def measured(probe, model, optimizer, window=0, rate=0.5, **how) -> Any:
     return probe.close(probe.measure(model, optimizer, window, **how), rate)
 
 
@@ -168,14 +169,14 @@ def test_sketches_agree_within_the_errors_they_report(folders):
     wide = make_probe(folders, method="store", metric="identity")
     optimizer = trained(model, wide)
     exact = measured(wide, model, optimizer)
-    narrow = [make_probe(folders, method="sketch", metric="identity", sketch_width=128, seed=s) for s in range(24)]
+    narrow = [make_probe(folders, method="sketch", metric="identity", sketch_width=128, seed=s) for s in range(16)]
     found = [measured(probe, model, optimizer) for probe in narrow]
     benefit = np.stack([one.benefit_dt for one in found])
     own = np.stack([np.sqrt(one.benefit_error_dt**2 - exact.benefit_error_dt**2 * 0.5) for one in found])
     deviation = benefit - exact.benefit_dt
-    assert np.abs(deviation.mean(0) / (deviation.std(0) / 24**0.5)).max() < 4  # right on average
+    assert np.abs(deviation.mean(0) / (deviation.std(0) / 16**0.5)).max() < 4  # right on average
     assert 0.4 < np.sqrt((deviation**2).mean()) / np.sqrt((own**2).mean()) < 1.1
-    full = make_probe(folders, method="sketch", metric="identity", sketch_width=1 << 17)
+    full = make_probe(folders, method="sketch", metric="identity", sketch_width=1 << 15)
     close = measured(full, model, optimizer)
     scale = np.sqrt(np.diag(exact.gram_dd).max() * np.diag(exact.target_gram_tt).max())
     assert np.abs(close.benefit_dt - exact.benefit_dt).max() < 0.02 * scale
@@ -247,7 +248,8 @@ def test_benefit_is_the_fall_of_the_targets_loss_a_step_of_a_domain(folders, met
     plan = probe.plan(0)
 
     def group(number):
-        total, tokens = 0.0, 0
+        total: Any = 0.0
+        tokens = 0
         for rows in rows_of(probe, plan, np.flatnonzero(plan.group_p == number)):
             total = total + model(rows.tokens_bs, rows.documents, rows.target_bs).loss_bs.sum()
             tokens += rows.num_targets
@@ -306,17 +308,17 @@ class FewWords(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.__dict__["_model"] = model
+        self._inner: Any = lambda: model  # not as a part of this one, which would change the names
 
     def named_parameters(self, *args, **kwargs):
-        return self._model.named_parameters(*args, **kwargs)
+        return self._inner().named_parameters(*args, **kwargs)
 
     def modules(self):
-        return self._model.modules()
+        return self._inner().modules()
 
     def forward(self, tokens_bs, documents, target_bs):
         target = torch.where(target_bs >= 0, target_bs % VOCAB, target_bs)
-        return self._model(tokens_bs % VOCAB, documents, target)
+        return self._inner()(tokens_bs % VOCAB, documents, target)
 
 
 PROBES = [
@@ -366,7 +368,7 @@ def test_training_does_not_feel_a_probe(folders, kind, world_size):
 def test_targets_are_probed_away_from_what_is_evaluated(folders):
     facts = ProbeFacts(num_parameters=1, evaluation=EvaluationOptions(rows=3))
     probe = make_probe(folders, facts=facts)
-    sizes = probe._target_rows.catalog.num_rows_d.tolist()
+    sizes = probe.target_rows.catalog.num_rows_d.tolist()
     evaluated = [
         set(choose_rows(size, 3, key_of("evaluation", 0, f"target/{name}")).tolist())
         for size, name in zip(sizes, probe.targets, strict=True)
@@ -385,7 +387,7 @@ def test_targets_are_probed_away_from_what_is_evaluated(folders):
 def test_cadence_cost_and_share(folders):
     probe = make_probe(folders, metric="identity", method="targets")
     rows = probe.plan(0).rows_p
-    assert probe.cost_rows == rows.sum() == 6 * 3 + 6 + min(6, probe._target_rows.catalog.num_rows_d[1])
+    assert probe.cost_rows == rows.sum() == 6 * 3 + 6 + min(6, probe.target_rows.catalog.num_rows_d[1])
     assert probe.cadence.every_windows == -(-probe.cost_rows // (0.02 * 16))
     assert [window for window in range(3) if probe.due(window)] == [0]
     assert probe.spent_share(1) == probe.cost_rows / 16
