@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 import ray.train
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -37,6 +38,7 @@ from mixer.data.stream import StreamingOptions, WindowStream
 from mixer.training import loop
 from mixer.training.checkpoint import CheckpointOptions
 from mixer.training.evaluation import EvaluationOptions, Evaluator, corpora_beside
+from mixer.training.influence import InfluenceOptions, Probe, ProbeFacts
 from mixer.training.loop import Parts, TrainOptions
 from mixer.training.model import Decoder, DecoderOptions
 from mixer.training.optimizer import OptimizerOptions
@@ -102,6 +104,7 @@ class RunConfig:
     streaming: StreamingOptions = field(default_factory=StreamingOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    influence: InfluenceOptions = field(default_factory=InfluenceOptions)
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
 
@@ -109,7 +112,18 @@ class RunConfig:
 # Sections and options that change nothing of what is trained, so a run may go on under other values of them.
 # Of `corpus` its rows matter, and they are compared by fingerprint; `geometry` is compared with the schedule.
 MAY_DIFFER = (
-    *("run", "prepare", "corpus", "geometry", "streaming", "checkpoint", "evaluation", "tracker", "stream"),
+    *(
+        "run",
+        "prepare",
+        "corpus",
+        "geometry",
+        "streaming",
+        "checkpoint",
+        "evaluation",
+        "influence",
+        "tracker",
+        "stream",
+    ),
     *(f"train.{key}" for key in ("num_workers", "cpus_per_worker", "gpu", "resources_per_worker", "strategy")),
     *(f"train.{key}" for key in ("compile", "threads", "max_failures", "timeout_s", "peak_flops", "trace")),
     *("step.micro_rows", "step.bad_loss", "controller.max_held", "controller.max_waiting"),
@@ -318,7 +332,7 @@ def work(job: Job) -> None:
 
 def make_parts(job: Job, sink: SignalSink) -> Parts:
     config, rows = job.config, job.rows
-    folder = config.run.folder
+    folder, needs = config.run.folder, make_policy(config).NEEDS
 
     def batches(*, rank: int, world_size: int, cursor: Cursor) -> Iterator[Any]:
         return iter(
@@ -350,9 +364,27 @@ def make_parts(job: Job, sink: SignalSink) -> Parts:
         evaluator=Evaluator.beside(
             rows.corpus, config.evaluation, cross_document_targets=config.step.cross_document_targets
         ),
-        needs=make_policy(config).NEEDS,
+        probe=make_probe(config, rows, needs),
+        needs=needs,
         trace=folder / "trace" if config.train.trace else None,
     )
+
+
+def make_probe(config: RunConfig, rows: CatalogRows, needs: frozenset[str]) -> Probe | None:
+    """What measures influence, if somebody asks for it."""
+    if not (needs & {"influence", "gram"} or config.influence.always):
+        return None
+    with torch.device("meta"):  # only counted
+        model = make_model(config, rows.corpus.manifest.tokenizer.vocab_size)
+    facts = ProbeFacts(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        world_size=config.train.workers[1],
+        sharded=config.train.strategy == "fsdp",
+        needs_gram="gram" in needs,
+        cross_document_targets=config.step.cross_document_targets,
+        evaluation=config.evaluation,
+    )
+    return Probe.beside(rows, config.influence, config.geometry, facts)
 
 
 def make_trainer(job: Job, work: Callable[[Job], None]) -> Any:

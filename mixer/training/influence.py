@@ -40,6 +40,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mixer.core.catalog import Catalog
 from mixer.core.errors import ConfigError
 from mixer.core.influence import Influence, Parts, summarise
 from mixer.core.permute import key_of
@@ -83,6 +84,7 @@ class InfluenceOptions:
     memory_mb: float = 1024.0  # for the targets' gradients, up to which `auto` keeps them
     layers: tuple[str, ...] = ()  # globs of parameter names; none: the matrices of the blocks
     harvest: bool = False  # take the domains' gradients from the steps' own micro-batches
+    always: bool = False  # also where no policy asks, for people to look at
     seed: int = 0  # of sketches
 
     def __post_init__(self) -> None:
@@ -163,6 +165,10 @@ class Probe:
     def beside(cls, rows: CatalogRows, options: InfluenceOptions, geometry: Geometry, facts: ProbeFacts) -> "Probe":
         """On the targets that were prepared together with the corpus that is trained, if there are any."""
         return cls(rows, corpora_beside(rows.corpus, ["targets"]).get("targets"), options, geometry, facts)
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.rows.catalog
 
     def due(self, window: int) -> bool:
         """Whether to measure after the last step of this window."""

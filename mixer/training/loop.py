@@ -113,6 +113,9 @@ class Batches(Protocol):
 class Probing(Protocol):
     """Measures influence after the last step of some windows; like an `Evaluator`, it leaves adding up to the loop."""
 
+    @property
+    def catalog(self) -> Catalog: ...
+
     def due(self, window: int) -> bool: ...
 
     def measure(
@@ -441,7 +444,7 @@ class _Loop:
     def _probe(self, window: int, record: dict[str, Any]) -> Influence | None:
         """After that window was trained; what was found, on the first rank. The record is told what it cost."""
         probe = self.parts.probe
-        if probe is None or not probe.due(window):
+        if probe is None or not probe.due(window) or self.parts.catalog_of(window) != probe.catalog:
             return None
         begin = time.perf_counter()
         sums = probe.measure(
