@@ -20,6 +20,7 @@ from mixer import config as configs
 from mixer.control.client import ControllerClient
 from mixer.control.controller import ControllerOptions
 from mixer.control.openrun import Charge
+from mixer.control.rundir import load_schedule
 from mixer.control.tracker import TrackerOptions
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ConfigError, MixerError, ResumeError
@@ -36,7 +37,7 @@ from mixer.data.reader import WindowReader
 from mixer.data.storage import Storage
 from mixer.data.stream import StreamingOptions, WindowStream
 from mixer.training import loop
-from mixer.training.checkpoint import CheckpointOptions
+from mixer.training.checkpoint import CheckpointOptions, find, load_model
 from mixer.training.evaluation import EvaluationOptions, Evaluator, corpora_beside
 from mixer.training.influence import InfluenceOptions, Probe, ProbeFacts
 from mixer.training.loop import Parts, TrainOptions
@@ -184,6 +185,39 @@ def make_model(config: RunConfig, vocab_size: int) -> nn.Module:
     if config.pretrained is not None:
         return CausalModel(config.pretrained, vocab_size, seed=config.train.seed)
     return Decoder(config.model, vocab_size, seed=config.train.seed)
+
+
+def make_reference(config: RunConfig, corpus: Corpus) -> Callable[[], nn.Module] | None:
+    """Makes the model over whose losses the excess is measured, with its weights; None where nobody needs it."""
+    asked, path = config.step.measure_excess, config.step.reference
+    if not (asked if asked is not None else "excess" in make_policy(config).NEEDS):
+        return None
+    if path is None:
+        raise ConfigError(
+            "the excess over a reference is asked for, by the policy or step.measure_excess, and step.reference is "
+            "empty. Set it to the folder of a run over the same tokens, or of one of its checkpoints."
+        )
+    folder, checkpoint = Path(path), find(Path(path) / "checkpoints")
+    if checkpoint is None:
+        folder, checkpoint = Path(path).parents[1] if len(Path(path).parts) > 2 else Path(), Path(path)
+    if not (folder / "run.yaml").is_file() or not checkpoint.is_dir():
+        raise ConfigError(
+            f"step.reference={path} is neither the folder of a run with a checkpoint nor a checkpoint in one. Name "
+            "either, as runs/small or runs/small/checkpoints/000001000."
+        )
+    its, tokenizer = load_schedule(folder).last_catalog.tokenizer, corpus.by_source.catalog.tokenizer
+    if its != tokenizer:
+        raise ConfigError(
+            f"step.reference={path} was trained on text tokenized by {its}, this corpus by {tokenizer}. Its losses "
+            "cannot be compared token by token. Use a reference of the same tokenizer."
+        )
+
+    def make() -> nn.Module:
+        model = make_model(configs.load(RunConfig, [folder / "run.yaml"]), corpus.manifest.tokenizer.vocab_size)
+        load_model(checkpoint, model)
+        return model
+
+    return make
 
 
 def open_rows(config: RunConfig) -> CatalogRows:
@@ -366,6 +400,7 @@ def make_parts(job: Job, sink: SignalSink) -> Parts:
         ),
         probe=make_probe(config, rows, needs),
         needs=needs,
+        make_reference=make_reference(config, rows.corpus),
         trace=folder / "trace" if config.train.trace else None,
     )
 

@@ -8,12 +8,22 @@ each domain it holds and how many that domain gave before; the plan
    the golden ratio, so that what one domain has too early another has too late;
 2. turns "the k-th row the domain ever gave" into a row number: pass k // num_rows, then the keyed
    shuffle of that pass. Keys come from the run's seed, the domain's *name* and the pass, so a domain
-   keeps its order whatever happens to the others.
+   keeps its order whatever happens to the others;
+3. with `together_rows` g above 1, arranges the slots inside each step anew, so that aligned runs of g slots hold one
+   domain: one that gives c rows to the step fills c // g runs, and what is left over fills mixed ones. A keyed
+   shuffle of the runs keeps any domain from coming first always. Which domains, and so which rows, a step holds is
+   decided before, by 1: it is the same for every g; and a domain's rows keep their order from slot to slot.
 
 Rank r of R takes of every step the slots [batch_rows * r // R, batch_rows * (r + 1) // R). Neither the
-number of ranks nor any clock, message or earlier call has a say in what a slot holds.
+number of ranks nor any clock, message or earlier call has a say in what a slot holds. Where a rank's slots begin or
+end inside a run of `together_rows`, two ranks hold a part of it each: still of one domain, only shorter. Ranks have
+whole runs alone where all their shares of batch_rows are multiples of g.
+
+Without `together_rows` every row lies where it lay before there was such a thing, and releases from then cannot
+read a schedule that has it; so it came without a new VERSION.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +33,7 @@ from numpy.typing import NDArray
 
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ConfigError
-from mixer.core.permute import mix, shuffle
+from mixer.core.permute import key_of, mix, shuffle
 from mixer.core.ports import MixtureFeed
 from mixer.core.row import ScheduleRow
 
@@ -42,13 +52,20 @@ class Geometry:
     seed: int = 0
     block_rows: int = 64  # neighbouring rows that stay together when blocks are shuffled
     group_blocks: int = 64  # shuffled blocks among which rows are then shuffled
+    together_rows: int = 1  # slots of a step that hold one domain where its rows suffice; 1: none are brought together
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed is {self.seed}; it must be 0 to 2**63 - 1.")
-        for key in ("window_steps", "batch_rows", "block_rows", "group_blocks"):
+        for key in ("window_steps", "batch_rows", "block_rows", "group_blocks", "together_rows"):
             if (value := getattr(self, key)) < 1:
                 raise ConfigError(f"{key} is {value}; it must be at least 1.")
+        if self.batch_rows % self.together_rows:
+            raise ConfigError(
+                f"batch_rows={self.batch_rows} is no multiple of together_rows={self.together_rows}: a step is cut "
+                f"into runs of so many slots. Use together_rows={math.gcd(self.batch_rows, self.together_rows)}, or "
+                f"batch_rows={-(-self.batch_rows // self.together_rows) * self.together_rows}."
+            )
 
     @property
     def window_slots(self) -> int:
@@ -150,6 +167,8 @@ def plan_windows(rows: Sequence[ScheduleRow], geometry: Geometry) -> list[Window
     key_a = mix(per_active([row.catalog.key_d for row in rows]), geometry.seed)
     salt_a = np.array([~row.window for row in rows])[window_a]
     active_n, nth_n = _spread(window_a, count_a, mix(key_a, salt_a), len(rows))
+    if geometry.together_rows > 1:
+        active_n, nth_n = _bring_together(active_n, count_a, np.array([row.window for row in rows]), geometry)
 
     given_n = offset_a[active_n] + nth_n
     pass_n = given_n // size_a[active_n]
@@ -190,3 +209,28 @@ def _spread(window_a: Ints, count_a: Ints, key_a: NDArray[np.uint64], num_window
     order_wn = np.argsort(due_n.reshape(num_windows, slots), axis=1, kind="stable")
     order_n = (order_wn + np.arange(num_windows)[:, None] * slots).reshape(-1)
     return active_n[order_n], nth_n[order_n]
+
+
+def _bring_together(active_n: Ints, count_a: Ints, window_w: Ints, geometry: Geometry) -> tuple[Ints, Ints]:
+    """The same steps with their slots arranged in runs: which active domain gives a row, and which of its rows."""
+    batch, together = geometry.batch_rows, geometry.together_rows
+    place_n = np.arange(len(active_n))
+    step_n = place_n // batch
+    by_domain = np.lexsort((active_n, step_n))
+    begins = np.flatnonzero(np.diff(active_n[by_domain], prepend=-1) | (place_n % batch == 0))
+    count_g = np.diff(begins, append=len(place_n))  # "group": one domain in one step
+    nth_n = place_n - np.repeat(begins, count_g)
+    # A run goes by the number of its first slot among those sorted; one of leftovers, by how many lie before it.
+    run_n, left_n = np.empty_like(place_n), np.empty(len(place_n), dtype=bool)
+    run_n[by_domain] = (place_n - nth_n % together) % batch
+    left_n[by_domain] = nth_n >= np.repeat(count_g // together * together, count_g)
+    left_sn = left_n.reshape(-1, batch)
+    before_n = (np.cumsum(left_sn, axis=1) - left_sn).reshape(-1)
+    run_n[left_n] = batch + before_n[left_n] // together
+    steps = np.arange(geometry.window_steps)
+    key_w = mix(np.array([key_of("together", geometry.seed)], dtype=np.uint64), window_w)
+    key_s = mix(np.repeat(key_w, len(steps)), np.tile(steps, len(window_w)))
+    order = np.lexsort((run_n, mix(key_s[step_n], run_n), step_n))
+    active_n, nth_n = active_n[order], np.empty_like(place_n)
+    nth_n[np.argsort(active_n, kind="stable")] = place_n - np.repeat(np.cumsum(count_a) - count_a, count_a)
+    return active_n, nth_n

@@ -301,7 +301,7 @@ class LineWriter:
         value = {
             "format": FORMAT,
             "plan": schedule.plan_version,
-            "geometry": asdict(schedule.geometry),
+            "geometry": _geometry(schedule.geometry),
             "catalog": schedule.catalog.to_dict(),
         }
         header, check = _line(value, "")
@@ -389,6 +389,14 @@ def _read_header(head: dict[str, Any]) -> MixtureSchedule:
         return MixtureSchedule(Catalog.from_dict(head["catalog"]), geometry, plan_version=int(head["plan"]))
     except (KeyError, TypeError, ValueError, MixerError) as error:
         raise ScheduleError(f"the header of the schedule cannot be understood: {error!r}.") from error
+
+
+def _geometry(geometry: Geometry) -> dict[str, int]:
+    """As the header holds it: without `together_rows` where it changes nothing, as in headers older than that."""
+    value = asdict(geometry)
+    if geometry.together_rows == 1:
+        del value["together_rows"]
+    return value
 
 
 def _read_row_1(value: dict[str, Any], catalog: Catalog) -> ScheduleRow:

@@ -5,7 +5,8 @@ The ranks of a run talk to each other here and nowhere else:
 - before each step, on the host: how many targets all ranks' rows hold together (by which the loss is divided), and
   whether one of them was asked to save or to stop. So all ranks act before the same step, and the device is
   not waited for;
-- in the step: gradients, by the wrapper of the model;
+- in the step: gradients, by the wrapper of the model, and four numbers of each row where rows are weighted by
+  their losses;
 - at the end of a window: one sum of the domains' losses;
 - at an evaluation and at a checkpoint.
 
@@ -44,6 +45,7 @@ from mixer.training.checkpoint import CheckpointOptions, Checkpoints, Saved
 from mixer.training.checkpoint_folder import written
 from mixer.training.evaluation import EvaluationOptions, Evaluator
 from mixer.training.optimizer import OptimizerOptions, make_optimizer
+from mixer.training.reweight import Reweighting
 from mixer.training.step import BadRow, DomainLosses, StepOptions, StepRows, WindowLosses, train_step
 from mixer.training.trace import Trace
 
@@ -154,6 +156,7 @@ class Parts:
     evaluator: Evaluator | None = None
     probe: Probing | None = None
     needs: frozenset[str] = frozenset()  # what the policy asks for; see `mixer.core.signal`
+    make_reference: Callable[[], nn.Module] | None = None  # the model over whose losses the excess is measured
     trace: Path | None = None
 
 
@@ -216,7 +219,12 @@ class _Loop:
         )
         first = parts.catalog_of(0)
         self._row_tokens = first.row_tokens
-        self._losses = DomainLosses(len(first), self.device)
+        self._reference = self._make_reference()
+        self._losses = self._make_losses(len(first))
+        mine = parts.geometry.rank_slots(rank, world_size)
+        exchange = partial(exchange_rows, mine, parts.geometry.batch_rows if world_size > 1 else None)
+        self._reweighting = Reweighting(parts.step.reweight, exchange, mine, self.device)
+        self._reweighting.enter(first)
         self._cursor, self._tokens = Cursor(), 0
         self._notice = _Notice(preemption)
         self._trace = Trace(parts.trace, rank, world_size) if parts.trace else None
@@ -258,6 +266,16 @@ class _Loop:
             out: Any = self._call(nothing.tokens_bs, nothing.documents, nothing.target_bs)
             out.loss_bs.sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _make_reference(self) -> nn.Module | None:
+        """Whole on every rank, whatever the strategy; random states are as they would be without."""
+        if self.parts.make_reference is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            return self.parts.make_reference().requires_grad_(False).eval().to(self.device)
+
+    def _make_losses(self, domains: int) -> DomainLosses:
+        return DomainLosses(domains, self.device, excess=self._reference is not None)
 
     # ---- the run ----------------------------------------------------------------------------------------
 
@@ -329,6 +347,8 @@ class _Loop:
             replicas=self.world_size,
             micro_batches=self._micro,
             no_sync=self._no_sync,
+            weigh=self._reweighting.at(steps, end),
+            reference=self._reference,
         )
 
     # ---- windows ----------------------------------------------------------------------------------------
@@ -338,9 +358,10 @@ class _Loop:
 
     def _enter(self, window: int) -> None:
         """The sums of a window have as many domains as its catalog."""
-        domains = len(self.parts.catalog_of(window))
-        if domains != self._losses.sums.shape[1]:
-            self._losses = DomainLosses(domains, self.device)
+        catalog = self.parts.catalog_of(window)
+        if len(catalog) != self._losses.sums.shape[1]:
+            self._losses = self._make_losses(len(catalog))
+        self._reweighting.enter(catalog)
 
     def _close_window(self, window: int) -> bool:
         """Add up and report the window; false if the rules say that the run ends here."""
@@ -473,11 +494,13 @@ class _Loop:
             return
         newest, saved = found
         self._cursor, self._tokens = saved.cursor, saved.tokens
+        self._reweighting.load(saved.extra.get("reweight", {}))
         if saved.sums is not None:
-            self._losses = DomainLosses(saved.sums.shape[1], self.device)
+            self._reweighting.enter(self.parts.catalog_of(saved.cursor.window))
+            self._losses = self._make_losses(saved.sums.shape[1])
             self._losses.count_skipped(torch.tensor(saved.extra.get("skipped_steps", 0), device=self.device))
             if self.rank == 0:
-                self._losses.sums.copy_(saved.sums)
+                self._losses.restore(saved.sums)
         if self.rank == 0:
             self._event("resumed", f"{self.world_size} workers go on from {newest.name}")
 
@@ -487,6 +510,8 @@ class _Loop:
             self.parts.sink.settle()
         sums: Tensor | None = None
         extra: dict[str, Any] = {}
+        if kept := self._reweighting.state():
+            extra["reweight"] = kept
         if self._cursor.step:
             sums = self._losses.sums.clone()
             dist.all_reduce(sums)
@@ -553,6 +578,17 @@ class _Notice:
             return ""
         self.save, self._seen = True, info
         return f"nodes {', '.join(info.preempted_node_ids)} will be taken away; saving now"
+
+
+def exchange_rows(mine: slice, batch_rows: int | None, rows: Tensor) -> Tensor:
+    """What all ranks know of the rows of a step, slot by slot, from this rank's; None: there is no other rank. Each
+    rank adds to 0 in the places of the others, so that no sum is rounded, and ranks may have unlike numbers of rows."""
+    if batch_rows is None:
+        return rows
+    whole = rows.new_zeros(batch_rows, rows.shape[1])
+    whole[mine] = rows
+    dist.all_reduce(whole)
+    return whole
 
 
 def _preemption() -> Any:

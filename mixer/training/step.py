@@ -8,12 +8,18 @@ A row whose loss is not finite, or beyond ABSURD nats a token, is *bad*. It is b
 named; and it makes the gradient NaN on purpose, so that the gradient's norm, which all ranks share, tells every
 rank to leave that update out. Whether the run then goes on is for the caller, who finds `skipped` on the device
 at once and the number of skipped steps in the window's losses.
+
+Beside the loss of every target alike two things can be asked for: `weigh` lets rows count by their losses (see
+`reweight`), and `reference`, a model without gradient, measures by how much each token's loss lies above its own.
+The reference costs a forward pass of its size for every row, a third of a step where it is as large as the model,
+and on each rank the memory of its weights and of its logits for a micro-batch.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +30,7 @@ from mixer.core.errors import ConfigError
 from mixer.core.signal import GRID, Signal
 from mixer.training.model import IGNORED, Documents, TokenLosses, find_documents
 from mixer.training.optimizer import clip_gradients, set_rate
+from mixer.training.reweight import ReweightOptions, Weigh
 
 ABSURD = 1000.0  # mean nats a token that no model has of real text
 NAMED_ROWS = 16  # bad rows of a window that are named; all are counted
@@ -31,13 +38,16 @@ NAMED_ROWS = 16  # bad rows of a window that are named; all are counted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions:
-    """How a step is computed; the update is the same but for rounding (`cross_document_targets`, `z_loss` apart)."""
+    """How a step is computed. `micro_rows` and `precision` change the update by rounding alone."""
 
     micro_rows: int | None = None  # rows of a rank that are computed at once; null: all
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights stay in float32
     cross_document_targets: bool = False  # whether a document's first token is a target of the text before it
     z_loss: float = 0.0  # weight of the mean squared log Z
     bad_loss: Literal["skip", "stop"] = "skip"  # what the loop does after a step that was left out
+    reweight: ReweightOptions = field(default_factory=ReweightOptions)  # of rows by their losses
+    reference: str | None = None  # folder of a run, or of one of its checkpoints: the model whose losses are exceeded
+    measure_excess: bool | None = None  # over the reference; null: where the policy needs it
 
     def __post_init__(self) -> None:
         if self.micro_rows is not None and self.micro_rows < 1:
@@ -144,24 +154,31 @@ class WindowLosses(NamedTuple):
 
 class DomainLosses:
     """Sums of one window on the device, in whole grid points, so that they are the same in any order and for any
-    split over micro-batches and ranks. `sums` holds loss, tokens, rows and bad rows by domain: ranks add it up
-    (int64, one all-reduce) before one of them calls `close`, which is the window's only transfer.
+    split over micro-batches and ranks. `sums` holds loss, tokens, rows and bad rows by domain, and the excess over a
+    reference where that is measured: ranks add it up (int64, one all-reduce) before one of them calls `close`,
+    which is the window's only transfer.
     """
 
-    def __init__(self, num_domains: int, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(4, num_domains, dtype=torch.int64, device=device)
+    def __init__(self, num_domains: int, device: torch.device | str = "cpu", *, excess: bool = False) -> None:
+        self.measures_excess = excess
+        self.sums = torch.zeros(4 + excess, num_domains, dtype=torch.int64, device=device)
         # By step, domain, row; the last line takes what is beyond NAMED_ROWS.
         self._named = torch.zeros(NAMED_ROWS + 1, 3, dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # bad rows of this rank, skipped steps
+        self._excess_is_whole = excess  # whether all of the window's rows are in it
 
     @torch.no_grad()
-    def add(self, rows: StepRows, loss_b: Tensor, tokens_b: Tensor) -> Tensor:
-        """Book rows with their losses, summed over their tokens; returns which of them are bad."""
+    def add(self, rows: StepRows, loss_b: Tensor, tokens_b: Tensor, excess_b: Tensor | None = None) -> Tensor:
+        """Book rows with their losses, summed over their tokens; returns which of them are bad. An excess that is
+        not finite, as of a row that the reference has no loss of, is booked as none."""
         loss_b = loss_b.double()
         bad = ~(loss_b.abs() <= ABSURD * tokens_b)
         good = (~bad).long()
-        points = torch.where(bad, 0.0, loss_b * GRID).round().long()
-        self.sums.index_add_(1, rows.domain_b, torch.stack([points, tokens_b * good, good, 1 - good]))
+        lines = [_points(loss_b, ~bad), tokens_b * good, good, 1 - good]
+        if self.measures_excess:
+            assert excess_b is not None
+            lines.append(_points(excess_b.double(), ~bad & (excess_b <= ABSURD * tokens_b)))
+        self.sums.index_add_(1, rows.domain_b, torch.stack(lines))
 
         place = (self._counts[0] + bad.cumsum(0) - 1).clamp_max(NAMED_ROWS)
         place = torch.where(bad, place, NAMED_ROWS)
@@ -169,6 +186,13 @@ class DomainLosses:
         self._named.index_copy_(0, place, named)
         self._counts[0] += bad.sum()
         return bad
+
+    def restore(self, sums: Tensor) -> None:
+        """The sums of a checkpoint, of a window half trained; one that did not measure the excess has a line less,
+        and then this window tells none."""
+        lines = min(len(sums), len(self.sums))
+        self.sums[:lines].copy_(sums[:lines])
+        self._excess_is_whole = self.measures_excess and lines == len(self.sums)
 
     @torch.no_grad()
     def count_skipped(self, skipped: Tensor) -> None:
@@ -184,7 +208,7 @@ class DomainLosses:
         parts = [self.sums.flatten(), self._counts, self._named.flatten()]
         flat = torch.cat(parts).cpu().numpy()
         num = self.sums.numel()
-        loss, tokens, rows, bad_rows = flat[:num].reshape(4, -1)
+        loss, tokens, rows, bad_rows, *excess = flat[:num].reshape(len(self.sums), -1)
         num_bad, skipped = flat[num : num + 2].tolist()
         named = flat[num + 2 :].reshape(-1, 3)[: min(num_bad, NAMED_ROWS)]
         signal = Signal(
@@ -194,10 +218,16 @@ class DomainLosses:
             tokens_d=tokens.copy(),
             rows_d=rows.copy(),
             bad_rows_d=bad_rows.copy(),
+            excess_sum_d=excess[0].astype(np.float64) / GRID if excess and self._excess_is_whole else None,
         )
+        self._excess_is_whole = self.measures_excess
         self.sums.zero_()
         self._counts.zero_()
         return WindowLosses(signal, skipped, [BadRow(*line) for line in named.tolist()])
+
+
+def _points(sum_b: Tensor, good: Tensor) -> Tensor:
+    return torch.where(good, sum_b * GRID, 0.0).round().long()
 
 
 # --- the update ---------------------------------------------------------------------------------------
@@ -221,33 +251,80 @@ def accumulate_gradients(
     replicas: int = 1,
     micro_batches: int = 1,
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    around: Callable[[StepRows], AbstractContextManager[Any]] = nullcontext,
+    weigh: Weigh | None = None,
+    reference: nn.Module | None = None,
 ) -> Tensor:
     """Add the gradient of this rank's part of the loss to the parameters; returns that part.
 
     `replicas` is by how many the gradients are divided after the backward pass (the world size, where wrappers
     average). All micro-batches but the last run within `no_sync`. Every rank must name the same `micro_batches`:
-    one that has fewer rows computes an empty row, so that all take part in every exchange.
+    one that has fewer rows computes an empty row, so that all take part in every exchange. `around` is entered with
+    the rows of each micro-batch, also those of an empty one, and left after their backward pass.
+
+    With `weigh` the rows' losses count so much each, in the gradient alone: what is returned, the losses by domain
+    and the z-loss are as they are without. Several micro-batches first run forward once without gradients, outside
+    of `around`, so that all of the step's losses are known before the first gradient.
     """
     num_rows = len(rows.tokens_bs)
     scale = replicas / torch.as_tensor(global_targets, dtype=torch.float64).clamp_min(1)
     total = torch.zeros((), dtype=torch.float64, device=rows.tokens_bs.device)
-    for number in range(micro_batches):
-        part = rows.part(num_rows * number // micro_batches, num_rows * (number + 1) // micro_batches)
-        part = part if len(part.tokens_bs) else StepRows.nothing(rows.tokens_bs.shape[1], rows.tokens_bs.device)
-        with no_sync() if number < micro_batches - 1 else nullcontext():
-            device, low = part.tokens_bs.device.type, options.precision == "bfloat16"
-            with torch.autocast(device, torch.bfloat16, enabled=low):
-                out: TokenLosses = model(part.tokens_bs, part.documents, part.target_bs)
+    cuts = [num_rows * number // micro_batches for number in range(micro_batches + 1)]
+    factor_b = None
+    if weigh is not None and micro_batches > 1:
+        factor_b = _weighed(weigh, rows, _row_losses(model, rows, cuts, options))
+    for number, (begin, end) in enumerate(pairwise(cuts)):
+        part = _part(rows, begin, end)
+        with no_sync() if number < micro_batches - 1 else nullcontext(), around(part):
+            out = _forward(model, part, options)
             loss_b = out.loss_bs.double().sum(1)
             objective = loss_b.sum()
             if len(part.domain_b):
-                bad = losses.add(part, loss_b.detach(), (part.target_bs >= 0).sum(1))
-                objective = objective * torch.where(bad.any(), torch.nan, 1.0)
-            total += objective.detach()
+                excess_b = None if reference is None else _excess(reference, part, out, options)
+                bad = losses.add(part, loss_b.detach(), (part.target_bs >= 0).sum(1), excess_b)
+                spoiled = torch.where(bad.any(), torch.nan, 1.0)
+                total += objective.detach() * spoiled
+                if weigh is not None:
+                    mine_b = _weighed(weigh, part, loss_b.detach()) if factor_b is None else factor_b[begin:end]
+                    objective = (loss_b * mine_b).sum()
+                objective = objective * spoiled
             if options.z_loss:
                 objective = objective + options.z_loss * out.log_z_bs.double().square().sum()
             (objective * scale).backward()
     return total * (scale / replicas)
+
+
+def _part(rows: StepRows, begin: int, end: int) -> StepRows:
+    part = rows.part(begin, end)
+    return part if begin < end else StepRows.nothing(rows.tokens_bs.shape[1], rows.tokens_bs.device)
+
+
+def _forward(model: nn.Module, part: StepRows, options: StepOptions) -> TokenLosses:
+    device, low = part.tokens_bs.device.type, options.precision == "bfloat16"
+    with torch.autocast(device, torch.bfloat16, enabled=low):
+        return model(part.tokens_bs, part.documents, part.target_bs)
+
+
+@torch.no_grad()
+def _row_losses(model: nn.Module, rows: StepRows, cuts: list[int], options: StepOptions) -> Tensor:
+    """Of all rows of this rank, in micro-batches of which all ranks compute as many."""
+    parts = [_part(rows, begin, end) for begin, end in pairwise(cuts)]
+    losses = [_forward(model, part, options).loss_bs.double().sum(1)[: len(part.domain_b)] for part in parts]
+    return torch.cat(losses)
+
+
+def _weighed(weigh: Weigh, rows: StepRows, loss_b: Tensor) -> Tensor:
+    targets_b = (rows.target_bs >= 0).sum(1)
+    loss_b = torch.where(loss_b.abs() <= ABSURD * targets_b, loss_b, torch.nan)
+    return weigh(loss_b, targets_b, rows.domain_b, rows.row_b)
+
+
+@torch.no_grad()
+def _excess(reference: nn.Module, part: StepRows, out: TokenLosses, options: StepOptions) -> Tensor:
+    """By how much each token's loss lies above the reference's, where it does, summed by row."""
+    its_bs = _forward(reference, part, options).loss_bs.double()
+    excess_b = (out.loss_bs.detach().double() - its_bs).clamp_min(0).sum(1)
+    return torch.where(its_bs.sum(1).isfinite(), excess_b, torch.nan)
 
 
 @torch.no_grad()
@@ -278,6 +355,9 @@ def train_step(
     replicas: int = 1,
     micro_batches: int = 1,
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    around: Callable[[StepRows], AbstractContextManager[Any]] = nullcontext,
+    weigh: Weigh | None = None,
+    reference: nn.Module | None = None,
 ) -> StepResult:
     """One update of the model on this rank's rows. See `accumulate_gradients` for what ranks must agree on."""
     set_rate(optimizer, rate)
@@ -291,6 +371,9 @@ def train_step(
         replicas=replicas,
         micro_batches=micro_batches,
         no_sync=no_sync,
+        around=around,
+        weigh=weigh,
+        reference=reference,
     )
     norm, skipped = update(optimizer, clip_norm)
     losses.count_skipped(skipped)

@@ -7,7 +7,7 @@ import pytest
 from mixer.core.catalog import Catalog, Domain
 from mixer.core.errors import ConfigError, ScheduleError
 from mixer.core.permute import key_of, mix, shuffle
-from mixer.core.plan import Cursor, Geometry, Plan, plan_window
+from mixer.core.plan import Cursor, Geometry, Plan, WindowPlan, plan_window, plan_windows
 from mixer.core.row import ScheduleRow
 from mixer.core.schedule import MixtureSchedule
 from tests.core.making import (
@@ -296,3 +296,103 @@ def test_a_plan_leaves_its_row_as_it_was() -> None:
     before = schedule.to_text()
     windows_of(schedule)
     assert schedule.to_text() == before
+
+
+# ---- runs of one domain ------------------------------------------------------------------------------
+
+
+TOGETHER = [
+    (Geometry(window_steps=4, batch_rows=16, seed=7, together_rows=4), [1, 2, 5]),
+    (Geometry(window_steps=3, batch_rows=24, seed=1, together_rows=3), [1] * 9),
+    (Geometry(window_steps=5, batch_rows=12, seed=2, together_rows=12), [3, 1]),
+    (Geometry(window_steps=2, batch_rows=64, seed=3, together_rows=2), list(range(1, 30))),
+    (Geometry(window_steps=1, batch_rows=8, seed=3, together_rows=4), [97, 1, 1, 1]),
+]
+
+
+def arranged(geometry: Geometry, weights: list[float], windows: int = 6) -> list[tuple[WindowPlan, WindowPlan]]:
+    """Each window without and with rows brought together."""
+    catalog = catalog_of_sizes([5 + 3 * i for i in range(len(weights))])
+    schedule = schedule_of(catalog, geometry, [relative(weights)] * windows)
+    apart = replace(geometry, together_rows=1)
+    return [(plan_window(row, apart), plan_window(row, geometry)) for row in schedule]
+
+
+@pytest.mark.parametrize(("geometry", "weights"), TOGETHER)
+def test_rows_brought_together_are_those_of_the_same_steps_in_runs(geometry: Geometry, weights: list[float]) -> None:
+    together, moved = geometry.together_rows, False
+    for apart, window in arranged(geometry, weights):
+        moved |= pairs(apart) != pairs(window)
+        for step in range(geometry.window_steps):
+            part = window.slots(step)
+            before = sorted(zip(apart.domain_n[part], apart.row_n[part], apart.pass_n[part], strict=True))
+            assert sorted(zip(window.domain_n[part], window.row_n[part], window.pass_n[part], strict=True)) == before
+            runs = window.domain_n[part].reshape(-1, together)
+            whole = runs[(runs == runs[:, :1]).all(axis=1), 0]
+            assert np.bincount(whole, minlength=len(weights)).tolist() == [
+                count // together for count in np.bincount(window.domain_n[part], minlength=len(weights))
+            ]
+    assert moved or together == geometry.batch_rows  # one run only: nothing to arrange
+
+
+@pytest.mark.parametrize(("geometry", "weights"), TOGETHER)
+def test_a_domain_keeps_the_order_of_its_rows_when_they_are_brought_together(
+    geometry: Geometry, weights: list[float]
+) -> None:
+    for apart, window in arranged(geometry, weights):
+        for domain in range(len(weights)):
+            for values in ("row_n", "pass_n"):
+                before = getattr(apart, values)[apart.domain_n == domain]
+                assert getattr(window, values)[window.domain_n == domain].tolist() == before.tolist()
+
+
+def test_leftovers_keep_their_order_in_mixed_runs() -> None:
+    geometry = Geometry(window_steps=4, batch_rows=24, seed=9, together_rows=4)
+    for apart, window in arranged(geometry, [7, 6, 6, 5]):
+        for step in range(4):
+            order = apart.domain_n[apart.slots(step)].tolist()
+            left = [domain for i, domain in enumerate(order) if order[:i].count(domain) >= order.count(domain) // 4 * 4]
+            runs = window.domain_n[window.slots(step)].reshape(-1, 4).tolist()
+            mixed = sorted(run for run in runs if len(set(run)) > 1)
+            assert mixed == sorted([left[i : i + 4] for i in range(0, len(left), 4) if len(set(left[i : i + 4])) > 1])
+
+
+def test_no_domain_comes_first_always_and_every_step_and_seed_has_its_own_order() -> None:
+    geometry = Geometry(window_steps=8, batch_rows=16, seed=4, together_rows=4)
+    windows = [window for _, window in arranged(geometry, [1, 1, 1, 1], windows=25)]
+    first = np.concatenate([window.domain_n.reshape(8, 16)[:, 0] for window in windows])
+    assert np.bincount(first).min() > 30  # 200 steps, four domains: 50 each
+    orders = [tuple(step) for step in windows[0].domain_n.reshape(8, 16)[:, ::4].tolist()]
+    assert len(set(orders)) > 4
+    again = [window for _, window in arranged(replace(geometry, seed=5), [1, 1, 1, 1], windows=25)]
+    same = sum(a.domain_n.tolist() == b.domain_n.tolist() for a, b in zip(windows, again, strict=True))
+    assert same == 0
+
+
+def test_windows_planned_at_once_are_brought_together_as_if_each_were_alone() -> None:
+    geometry = Geometry(window_steps=2, batch_rows=12, seed=4, together_rows=3)
+    catalog = catalog_of_sizes([9, 4, 60])
+    rows = list(schedule_of(catalog, geometry, [relative([1, 1 + i, 3]) for i in range(7)]))
+    for one, row in zip(plan_windows(rows, geometry), rows, strict=True):
+        alone = plan_window(row, geometry)
+        assert pairs(one) == pairs(alone)
+        assert one.pass_n.tolist() == alone.pass_n.tolist()
+
+
+def test_a_run_that_two_ranks_share_is_of_one_domain_on_both() -> None:
+    geometry = Geometry(window_steps=3, batch_rows=24, seed=4, together_rows=4)
+    (_, window), *_ = arranged(geometry, [1, 1])
+    for world_size in (1, 2, 3, 4, 5, 6, 7, 24):
+        step = np.concatenate([window.domain_n[window.slots(1, rank, world_size)] for rank in range(world_size)])
+        assert step.tolist() == window.domain_n[window.slots(1)].tolist()
+        starts = [geometry.rank_slots(rank, world_size).start for rank in range(world_size)]
+        whole = all(start % 4 == 0 for start in starts)
+        assert whole == ((24 // world_size) % 4 == 0 and 24 % world_size == 0)
+
+
+def test_steps_that_cannot_be_cut_into_runs_are_refused() -> None:
+    message = r"batch_rows=10 is no multiple of together_rows=4: .* Use together_rows=2, or batch_rows=12\."
+    with pytest.raises(ConfigError, match=message):
+        Geometry(batch_rows=10, together_rows=4)
+    with pytest.raises(ConfigError, match="together_rows is 0; it must be at least 1"):
+        Geometry(together_rows=0)

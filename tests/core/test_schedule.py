@@ -494,6 +494,19 @@ def test_a_file_of_format_one_is_read_for_ever() -> None:
     assert schedule.to_text().encode() == KEPT.read_bytes()
 
 
+def test_the_header_speaks_of_rows_brought_together_only_where_they_are() -> None:
+    """So a file of a release that knew nothing of it reads as one where none are, and such a release reads ours."""
+    schedule = wandering(CATALOG, 3)
+    assert b"together" not in KEPT.read_bytes()
+    assert read(KEPT.read_bytes()).schedule.geometry.together_rows == 1
+    assert "together" not in schedule.to_text()
+    pairwise = wandering(CATALOG, 3, replace(GEOMETRY, together_rows=2))
+    assert '"group_blocks":64,"together_rows":2}' in pairwise.to_text().split("\n")[0]
+    assert_same(read(pairwise.to_text()).schedule, pairwise)
+    with pytest.raises(ResumeError, match="the run has together_rows=2, this config has 1"):
+        pairwise.check_resume(CATALOG, GEOMETRY)
+
+
 # ---- stretch ---------------------------------------------------------------------------------------------
 
 
@@ -606,7 +619,14 @@ def test_the_same_run_may_go_on() -> None:
 
 @pytest.mark.parametrize(
     ("key", "given"),
-    [("window_steps", 3), ("batch_rows", 5), ("seed", 6), ("block_rows", 32), ("group_blocks", 1)],
+    [
+        ("window_steps", 3),
+        ("batch_rows", 5),
+        ("seed", 6),
+        ("block_rows", 32),
+        ("group_blocks", 1),
+        ("together_rows", 2),
+    ],
 )
 def test_another_geometry_is_refused(key: str, given: int) -> None:
     saved = getattr(GEOMETRY, key)

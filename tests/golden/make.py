@@ -89,7 +89,16 @@ def drying() -> MixtureSchedule:
     return schedule
 
 
-RUNS: list[Callable[[], MixtureSchedule]] = [steady, moving, switching, small, many, drying]
+def together() -> MixtureSchedule:
+    """Steps arranged in runs of four rows of one domain, where there are so many."""
+    geometry = Geometry(window_steps=3, batch_rows=16, seed=11, block_rows=8, together_rows=4)
+    schedule = MixtureSchedule(catalog_of({"a": 97, "b": 40, "c": 300, "d": 8}), geometry)
+    for window in range(6):
+        schedule.extend(mixture_of(5, 1 + window, 7, 2))
+    return schedule
+
+
+RUNS: list[Callable[[], MixtureSchedule]] = [steady, moving, switching, small, many, drying, together]
 
 
 def far() -> Iterator[tuple[ScheduleRow, Geometry]]:

@@ -71,6 +71,15 @@ def _rank(function: Any, rank: int, world_size: int, folder: str, sender: Any, a
         sender.close()
 
 
+def gather(mine: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, one rank after the other."""
+    if not dist.is_initialized():
+        return mine
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine.numpy())
+    return torch.from_numpy(np.concatenate(parts))
+
+
 # --- a small run --------------------------------------------------------------------------------------
 
 

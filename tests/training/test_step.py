@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,30 @@ def test_all_but_the_last_micro_batch_run_without_exchange() -> None:
     assert seen == ["in", "gradient", "out", "in", "gradient", "out", "gradient"]
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+def test_every_micro_batch_is_within_what_is_put_around_it(weighed: bool) -> None:
+    seen: list[Any] = []
+    model = tiny()
+    model.register_forward_hook(lambda *_: seen.append("forward" if torch.is_grad_enabled() else "look"))
+    model.embedding.weight.register_hook(lambda _: seen.append("gradient"))
+
+    @contextmanager
+    def around(part: StepRows) -> Iterator[None]:
+        seen.append(part.row_b.tolist())
+        yield
+        seen.append("end")
+
+    rows = StepRows.of(make_batch(3))
+    plain = gradients(tiny(), rows, micro_batches=4)
+    how: dict[str, Any] = {"weigh": lambda loss_b, *_: torch.ones_like(loss_b)} if weighed else {}
+    found = gradients(model, rows, micro_batches=4, around=around, **how)
+    one, two, three = ([row] for row in rows.row_b.tolist())
+    middle = ["forward", "gradient", "end"]
+    # The first of four parts of three rows is empty: it takes part all the same.
+    assert seen == ["look"] * 4 * weighed + [[], *middle, one, *middle, two, *middle, three, *middle]
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
 def test_global_counts_may_lie_on_the_device() -> None:
     rows = StepRows.of(make_batch())
     one = gradients(tiny(), rows, global_targets=50)
@@ -299,6 +325,92 @@ def test_more_bad_rows_than_are_named_are_still_counted() -> None:
     closed = losses.close(0, CATALOG)
     assert closed.signal.bad_rows_d.sum() == 36
     assert [bad.row for bad in closed.bad_rows] == [*rows.row_b.tolist(), *rows.row_b.tolist()][:NAMED_ROWS]
+
+
+# --- the excess over a reference ----------------------------------------------------------------------
+
+
+def test_the_excess_is_cut_off_below_at_every_token() -> None:
+    """Two tokens of one row, 1 above and 1 below the reference: together 1, not 0."""
+    batch = make_batch(3, 3, starts=[[0]] * 3, length=[3] * 3)
+    batch.tokens[:] = [[0, 1, 2], [0, 3, 3], [0, 2, 2]]
+    model, reference = Fixed([0.0, 3.0, 1.0, 2.5]), Fixed([0.0, 2.0, 2.0, 2.25])
+    rows = StepRows.of(batch)._replace(domain_b=torch.tensor([1, 1, 2]))
+    losses, plain = DomainLosses(4, excess=True), DomainLosses(4)
+    reference.weight.requires_grad_(False)
+    loss = accumulate_gradients(
+        model, rows, losses, global_targets=6, options=StepOptions(), reference=reference
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(11 / 6)
+    assert model.weight.grad is not None
+    assert model.weight.grad.item() == pytest.approx(11 / 6)  # the gradient knows nothing of it
+    accumulate_gradients(model, rows, plain, global_targets=6, options=StepOptions())
+    assert torch.equal(losses.sums[:4], plain.sums)
+    signal, without = losses.close(3, CATALOG).signal, plain.close(3, CATALOG).signal
+    assert signal.excess_sum_d is not None
+    assert signal.excess_sum_d.tolist() == [0.0, 1.0 + 0.5, 0.0, 0.0]
+    assert signal.excess_d.tolist()[1:3] == [1.5 / 4, 0.0]
+    assert without.excess_sum_d is None
+    again = losses.close(4, CATALOG).signal
+    assert again.excess_sum_d is not None
+    assert not again.excess_sum_d.any()
+
+
+def test_the_excess_is_the_same_for_any_micro_batches_and_adds_up_over_ranks() -> None:
+    rows = StepRows.of(make_batch(7))
+    reference = tiny(seed=1)
+    sums = []
+    for number in (1, 2, 7, 9):
+        losses = DomainLosses(3, excess=True)
+        gradients(tiny(), rows, losses=losses, micro_batches=number, reference=reference)
+        sums.append(losses.sums)
+    halves = DomainLosses(3, excess=True)
+    for begin, end in ((0, 3), (3, 7)):
+        gradients(tiny(), rows.part(begin, end), losses=halves, reference=reference)
+    for other in [*sums[1:], halves.sums]:
+        torch.testing.assert_close(other.double(), sums[0].double(), rtol=1e-5, atol=16)
+    assert (sums[0][4] > 0).all()
+    assert (sums[0][4] < sums[0][0]).all()
+    assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_that_the_reference_has_no_loss_of_exceeds_nothing_and_is_not_bad(value: float) -> None:
+    batch = make_batch(2, 3, starts=[[0]] * 2, length=[3] * 2, domains=1)
+    batch.tokens[:] = [[0, 1, 2], [0, 1, 1]]
+    losses = DomainLosses(1, excess=True)
+    reference = Fixed([0.0, 1.0, value])
+    gradients(Fixed([0.0, 3.0, 1.0]), StepRows.of(batch), losses=losses, reference=reference)
+    signal = losses.close(0, CATALOG).signal
+    assert signal.excess_sum_d is not None
+    assert signal.excess_sum_d.tolist() == [4.0]
+    assert (signal.rows_d.tolist(), signal.bad_rows_d.tolist()) == ([2], [0])
+
+
+def test_a_bad_row_exceeds_nothing() -> None:
+    losses = DomainLosses(3, excess=True)
+    rows = StepRows.of(make_batch(2))._replace(domain_b=torch.tensor([1, 1]))
+    losses.add(rows, torch.tensor([5.0, math.nan]), torch.tensor([3, 3]), torch.tensor([2.0, 1.0]))
+    assert losses.sums.tolist() == [[0, 5 << 16, 0], [0, 3, 0], [0, 1, 0], [0, 1, 0], [0, 2 << 16, 0]]
+
+
+def test_sums_of_a_checkpoint_without_the_excess_make_a_window_without() -> None:
+    rows, excess = StepRows.of(make_batch()), torch.ones(6)
+    old, now, ranks = DomainLosses(3), DomainLosses(3, excess=True), DomainLosses(3, excess=True)
+    old.add(rows, torch.ones(6), torch.ones(6).long())
+    now.restore(old.sums)
+    now.add(rows, torch.ones(6), torch.ones(6).long(), excess)
+    closed = now.close(0, CATALOG).signal
+    assert (closed.rows_d.sum(), closed.excess_sum_d) == (12, None)
+    now.add(rows, torch.ones(6), torch.ones(6).long(), excess)
+    ranks.restore(now.sums)
+    assert ranks.sums.tolist() == now.sums.tolist()
+    ranks.add(rows, torch.ones(6), torch.ones(6).long(), excess)
+    closed = ranks.close(1, CATALOG).signal
+    assert closed.excess_sum_d is not None
+    assert closed.excess_sum_d.sum() == 12
+    old.restore(ranks.sums.new_ones(5, 3))  # nobody asks for it any more
+    assert old.close(2, CATALOG).signal.excess_sum_d is None
 
 
 # --- the whole step -----------------------------------------------------------------------------------
