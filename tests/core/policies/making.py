@@ -3,7 +3,7 @@ import numpy as np
 from mixer.core.catalog import Catalog, Domain
 from mixer.core.mixture import Mixture
 from mixer.core.ports import Setting
-from mixer.core.signal import Signal, on_grid
+from mixer.core.signal import Evaluation, Signal, on_grid
 
 
 def make_catalog(*num_rows: int, names: str = "abcdefgh") -> Catalog:
@@ -28,3 +28,10 @@ def make_signal(catalog: Catalog, window: int, losses: list[float | None], token
     sums = on_grid([loss * tokens for _, loss in given])
     places = [place for place, _ in given]
     return Signal.from_rows(window, catalog.fingerprint, len(catalog), places, sums, np.full(len(given), tokens))
+
+
+def make_evaluation(validation: dict[str, float] | None = None, target: dict[str, float] | None = None) -> Evaluation:
+    """Losses of the sets validation/<name> and target/<name>."""
+    kinds = {"validation": validation or {}, "target": target or {}}
+    losses = {f"{kind}/{name}": loss for kind, named in kinds.items() for name, loss in named.items()}
+    return Evaluation(sets=tuple(losses), loss_s=np.array(list(losses.values()), dtype=np.float64))

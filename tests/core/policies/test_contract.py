@@ -21,17 +21,26 @@ MORE = {
         }
     },
     "odm": lambda names: {"form": "paper"},
+    "doremi": lambda names: {"reference": dict(zip(names, REFERENCES, strict=True))},
+    "skill_it": lambda names: {"graph": {names[0]: {names[0]: 1.0, names[1]: 0.5}, names[2]: {names[3]: 0.5}}},
 }
+# What a kind cannot do without, by place too.
+NEEDED = {"shearing": lambda names: {"reference": dict(zip(names, REFERENCES, strict=True))}}
+REFERENCES = [1.5, 2.0, 0.5, 3.0]
 CASES = [(kind, False) for kind in kinds()] + [(kind, True) for kind in MORE]
 ROWS = (20, 100, 7, 400)
 LOSSES = [[3.0, 2.0, 1.0, 4.0], [2.5, None, 1.0, 3.5], [None] * 4, [float("nan"), 2.0, float("inf"), 3.0], [1.0] * 4]
+
+
+def options(kind, more, names):
+    return (NEEDED[kind](names) if kind in NEEDED else {}) | (MORE[kind](names) if more else {})
 
 
 def run(kind, more, names="abcd", order=(0, 1, 2, 3), restore=False):
     """Every answer and state of a short run; `order[i]` is the place of domain i in the catalog."""
     named = [names[place] for place in order]
     catalog = make_catalog(*[ROWS[order.index(place)] for place in range(4)], names=names)
-    policy = load_policy(kind, MORE[kind](named) if more else None)
+    policy = load_policy(kind, options(kind, more, named))
     state = policy.start(make_setting(catalog, Mixture.natural(catalog), first_window=2))
     answers, states = [], [state]
     for window, losses in enumerate(LOSSES):
@@ -65,7 +74,7 @@ def test_it_is_deterministic_and_restores_from_its_state_exactly(kind, more):
 @pytest.mark.parametrize(("kind", "more"), CASES)
 def test_its_state_holds_plain_arrays_which_updates_leave_alone(kind, more):
     catalog = make_catalog(*ROWS)
-    policy = load_policy(kind, MORE[kind](catalog.names) if more else None)
+    policy = load_policy(kind, options(kind, more, catalog.names))
     state = policy.start(make_setting(catalog))
     for window in range(3):
         assert all(isinstance(value, np.ndarray) and not value.dtype.hasobject for value in state.values())
