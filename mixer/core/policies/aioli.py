@@ -187,6 +187,8 @@ class Aioli:
             inverse_dq = np.linalg.pinv(share_qd[known_q], rcond=self.rank_tolerance)
             matrix_td[t], measured_t[t] = before_d + inverse_dq @ missed_q, True
             rank = max(rank, int(np.linalg.matrix_rank(inverse_dq)))
+        if not measured_t.any():
+            return state
         scaled_td = matrix_td[measured_t]
         if self.normalize:
             scaled_td = scaled_td - min(float(scaled_td.min()), 0.0)

@@ -73,7 +73,7 @@ def test_the_floor_of_the_released_code_ends_below_itself(form, least):
 @pytest.mark.parametrize("form", ["released", "paper"])
 def test_laws_come_back_from_a_run_and_decide_it(form):
     """Every domain follows its own law in the samples that this form counts."""
-    policy = load_policy("ado", {"form": form, "filter_windows": 1, "refit_windows": 50, "history": 32, "starts": 2})
+    policy = load_policy("ado", {"form": form, "filter_windows": 1, "refit_windows": 50, "history": 32})
     state = policy.start(replace(make_setting(CATALOG, PRIOR), window_slots=1000))
     own = np.zeros(3)
     for window in range(100):
@@ -91,7 +91,7 @@ def test_laws_come_back_from_a_run_and_decide_it(form):
     falls = LAWS[:, 2] * np.exp(LAWS[:, 0]) * samples ** -LAWS[:, 2]
     found = state["law_d3"]
     fall = found[:, 2] * (predicted(found, samples) - np.exp(found[:, 1]))
-    np.testing.assert_allclose(fall, falls, rtol=0.02)
+    np.testing.assert_allclose(fall, falls, rtol=0.03)
     assert weights.tolist() != PRIOR.weights_d.tolist()
 
 

@@ -33,7 +33,7 @@ def drive(options, windows, *, first_window=1, clip=None, lose=(), every=1, matr
             continue
         signal = replace(make_signal(CATALOG, window, [1.0] * 3), rows_d=np.rint(share * 4800).astype(np.int64))
         if (window + 1) % every == 0:
-            named = make_evaluation(**{kind: dict(zip("abc", loss_t, strict=True))})
+            named = make_evaluation({f"{kind}/{name}": loss for name, loss in zip("abc", loss_t, strict=True)})
             signal = replace(signal, evaluation=named)
         state, answers[window + first_window] = policy.update(state, signal)
         states[window] = state

@@ -18,8 +18,11 @@ def close(found, expected, atol=5e-7):
 
 
 def evaluated(window, gaps):
-    losses = {name: REFERENCE[name] + gap for name, gap in zip("abc", gaps, strict=True)}
-    return replace(make_signal(CATALOG, window, [1.0] * 3), evaluation=make_evaluation(losses))
+    losses = {f"validation/{name}": REFERENCE[name] + gap for name, gap in zip("abc", gaps, strict=True)}
+    return replace(
+        make_signal(CATALOG, window, [1.0] * 3),
+        evaluation=make_evaluation(losses),
+    )
 
 
 def begin(**options):

@@ -17,7 +17,7 @@ def close(found, expected, atol=5e-7):
 
 
 def evaluated(window, losses, kind="validation", names="abc"):
-    evaluation = make_evaluation(**{kind: dict(zip(names, losses, strict=True))})
+    evaluation = make_evaluation({f"{kind}/{name}": loss for name, loss in zip(names, losses, strict=True)})
     return replace(make_signal(CATALOG, window, [1.0] * 3), evaluation=evaluation)
 
 
