@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixer.core.errors import ConfigError
-from mixer.core.policies._tilt import tilted
+from mixer.core.mirror import step
 from mixer.core.ports import Setting, State
 from mixer.core.signal import Signal
 
@@ -206,5 +206,5 @@ class Aioli:
             "measured_t": measured_t,
             "mean_td": mean_td,
             "rank": np.array(rank, dtype=np.int64),
-            "weights_d": tilted(base_d, self.eta * mean_td.sum(0)),
+            "weights_d": step(base_d, self.eta * mean_td.sum(0)),
         }

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixer.core.errors import ConfigError
-from mixer.core.policies._tilt import by_name, smoothed, tilted
+from mixer.core.mirror import smooth, step
+from mixer.core.policies._named import by_name
 from mixer.core.ports import Setting, State
 from mixer.core.signal import Signal
 
@@ -70,7 +71,7 @@ class Doremi:
         else:
             return state, self._answer(state)
         excess_d = np.where(np.isfinite(measured_d), np.maximum(measured_d, 0.0), state["excess_d"])
-        weights_d = smoothed(tilted(state["weights_d"], self.eta * excess_d), self.smoothing)
+        weights_d = smooth(step(state["weights_d"], self.eta * excess_d), self.smoothing)
         updates = int(state["updates"]) + 1
         after = state | {
             "excess_d": excess_d,

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixer.core.errors import ConfigError
-from mixer.core.policies._tilt import by_name, smoothed, tilted
+from mixer.core.mirror import smooth, step
+from mixer.core.policies._named import by_name
 from mixer.core.ports import Setting, State
 from mixer.core.signal import Signal
 from mixer.core.simplex import onto_box
@@ -73,8 +74,8 @@ class Shearing:
         moved_d = weights_d.copy()
         with np.errstate(over="ignore"):
             score_s = np.clip(self.eta * gap_s, -1e300, 1e300)
-        moved_d[live_d] = mass * tilted(weights_d[live_d] / mass, score_s)
-        moved_d = smoothed(self._held(moved_d, state["prior_d"]), self.smoothing)
+        moved_d[live_d] = mass * step(weights_d[live_d] / mass, score_s)
+        moved_d = smooth(self._held(moved_d, state["prior_d"]), self.smoothing)
         return state | {"weights_d": moved_d}, moved_d
 
     def _held(self, weights_d: NDArray[np.float64], prior_d: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixer.core.errors import ConfigError
+from mixer.core.mirror import step
 from mixer.core.mixture import unknown_domain
-from mixer.core.policies._tilt import tilted
 from mixer.core.ports import Setting, State
 from mixer.core.signal import Signal
 
@@ -53,7 +53,7 @@ class SkillIt:
             "names": np.array(names, dtype=np.str_),
             "graph_ds": graph_ds,
             "prior_d": setting.prior.weights_d,
-            "weights_d": tilted(setting.prior.weights_d, self.eta * graph_ds.sum(1)),
+            "weights_d": step(setting.prior.weights_d, self.eta * graph_ds.sum(1)),
             "first_s": np.ones(len(names)),
             "seen_s": np.zeros(len(names), dtype=np.bool_),
             "losses_ws": np.zeros((self.window, len(names))),  # the latest last
@@ -70,7 +70,7 @@ class SkillIt:
         first_s = np.where(known_s & ~seen_s, np.maximum(loss_s, 1e-6), state["first_s"])
         losses_ws = np.concatenate([before_ws[1:], loss_s[None]])
         total_s = losses_ws.sum(0) / (first_s if self.relative else 1.0)
-        weights_d = tilted(state["prior_d"], self.eta * (state["graph_ds"] @ total_s))
+        weights_d = step(state["prior_d"], self.eta * (state["graph_ds"] @ total_s))
         after = {"first_s": first_s, "seen_s": seen_s | known_s, "losses_ws": losses_ws, "weights_d": weights_d}
         return state | after, weights_d
 

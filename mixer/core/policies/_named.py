@@ -1,4 +1,4 @@
-"""The step that exponentiated-gradient policies share, and losses given by domain name in options."""
+"""Numbers given by domain name in options."""
 
 from collections.abc import Mapping
 
@@ -10,19 +10,6 @@ from mixer.core.errors import ConfigError
 from mixer.core.mixture import unknown_domain
 
 Floats = NDArray[np.float64]
-
-
-def tilted(base_d: Floats, score_d: Floats) -> Floats:
-    """base * exp(score) scaled to sum 1, in log space, so that no score is too large; a base of 0 stays 0."""
-    with np.errstate(divide="ignore", over="ignore"):
-        log_d = np.log(base_d) + score_d
-        power_d = np.exp(log_d - log_d.max())
-    return power_d / power_d.sum()
-
-
-def smoothed(weights_d: Floats, share: float) -> Floats:
-    """With that share of uniform mixed in."""
-    return (1.0 - share) * weights_d + share / len(weights_d)
 
 
 def by_name(catalog: Catalog, option: str, given: Mapping[str, float]) -> Floats:
