@@ -14,8 +14,8 @@ to probe is the run's affair. What is below its noise counts as the mixture in f
 
 Departures. We know the headline and the definition of group influence, not the method's section: the three terms are
 our recollection, their coefficients (1, 1, 0.1) are ours, and so is the normalisation by columns. The paper's solver
-is of the SLSQP kind; ours solves the same program in its dual (`mixer.core.balance`), which keeps to few numbers for any
-count of domains. Which layers, rows and curvature make up B is the probe's affair. Not the paper's code.
+is of the SLSQP kind; ours solves the same program in its dual (`mixer.core.balance`): few numbers, whatever the count
+of domains. Which layers, rows and curvature make up B is the probe's affair. Not the paper's code.
 """
 
 from collections.abc import Mapping
