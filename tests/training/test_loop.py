@@ -87,7 +87,7 @@ class Watch:
     def close(self) -> None: ...
 
 
-def attempts(rank: int, world_size: int, _: Any, script: list[tuple[Any, dict[str, int]]]) -> list[Any]:
+def attempts(rank: int, world_size: int, _: Any, script: list[tuple[Any, dict[str, Any]]]) -> list[Any]:
     """The ending of each attempt and what it reported; an attempt's second part says before which step it is
     stopped or killed, or which one has a bad row."""
     import ray.train
@@ -163,7 +163,7 @@ def runs(tmp_path_factory):
         short = [f"train.windows={SHORT}", "checkpoint.asynchronous=false", *overrides]
         return config_of(texts, folder / name, *short)
 
-    plan: dict[str, tuple[Any, list[dict[str, int]]]] = {"undisturbed": (make("undisturbed"), [{}])}
+    plan: dict[str, tuple[Any, list[dict[str, Any]]]] = {"undisturbed": (make("undisturbed"), [{}])}
     plan |= {f"stopped {step}": (make(f"stopped {step}"), [{"stopped": step}, {}]) for step in STOPPED}
     plan |= {f"killed {step}": (make(f"killed {step}"), [{"killed": step}, {}]) for step in KILLED}
     plan["harmed"] = make("harmed"), [{}, {"harmed": 1}]
