@@ -1,5 +1,7 @@
 """Curvature: factors against Fisher matrices worked out whole, and measuring that leaves no trace."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -336,7 +338,8 @@ def _sharded(rank, world_size, group):
     out = found.precondition(grads)
     shapes = [(out[name].shape, grads[name].shape) for name in grads]
     if group is not None:
-        shapes += [(out[name].to_local().shape, grads[name].to_local().shape) for name in grads]
+        both: list[tuple[Any, Any]] = [(out[name], grads[name]) for name in grads]
+        shapes += [(one.to_local().shape, other.to_local().shape) for one, other in both]
     run.bare.zero_grad()
     untouched = ranks.Run("fsdp" if group else "plain", rank, world_size)
     if group is None:
