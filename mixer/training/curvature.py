@@ -1,9 +1,9 @@
 """Curvature of a model's linear layers in Kronecker factors, to precondition the gradients of targets.
 
-A layer computes z = W a at every position of a row (with a bias, a ends in 1 and W in the bias). Let s be the
-derivative of a row's summed loss with respect to z, where the labels are *drawn from the model*, so that what is
-measured is the true Fisher matrix and not the one of the data's own labels. G = sum over positions of s a^T is then
-a row's gradient, and the layer's Fisher matrix, a token, is
+A layer computes z = W a at every position of a row (where its bias is covered, a ends in 1 and W in the bias). Let s
+be the derivative of a row's summed loss with respect to z, where the labels are *drawn from the model*, so that what
+is measured is the true Fisher matrix and not the one of the data's own labels. G = sum over positions of s a^T is
+then a row's gradient, and the layer's Fisher matrix, a token, is
 
     F = E[vec(G) vec(G)^T] / (mean targets a row)
 
@@ -18,7 +18,7 @@ and, for either, M^-1 V = U_S [(U_S^T V U_A) / (L + damping)] U_A^T, with the da
 in each layer: as in Grosse et al. (2308.03296), who precondition with it for influence. Only the few gradients of
 *targets* are ever preconditioned; domains' gradients stay as they are.
 
-Departures from 2308.03296: any linear layer that the filters leave, attention included, and not only those of the
+Departures from 2308.03296: any linear layer that is named, attention included, and not only those of the
 feed-forward; moments are a token's and not a sequence's, which scales all influences alike; one label is drawn a
 position and row. Sides of a layer are decomposed whole, however wide. From memory, not checked against the paper:
 which layers it leaves out beyond the feed-forward, and how many sequences its factors take.
@@ -31,18 +31,17 @@ all ranks enter), and each rank gets its own part of the result. Sums take 8 (d_
 name layers (`layers`) where a model is wide.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from mixer.core.errors import ConfigError, SignalError
+from mixer.core.errors import CheckpointError, ConfigError, SignalError
 from mixer.training.evaluation import Precision
 from mixer.training.labels import SampledLoss, of_rows
+from mixer.training.layers import Layer, find_layers, passes
 
 Kind = Literal["kfac", "ekfac"]
 
@@ -56,8 +55,7 @@ class CurvatureOptions:
     batch_rows: int = 1  # of a rank, computed at once; all logits of so many rows exist
     damping: float = 0.1  # as a share of each layer's mean second moment
     refresh: int = 4  # at every so many probes; in between, the factors of the last time
-    layers: tuple[str, ...] = ("*",)  # patterns of linear layers' names
-    without: tuple[str, ...] = ("*head", "*embed*")
+    layers: tuple[str, ...] = ()  # globs of parameters' names; none: the linear layers' weights in numbered blocks
     seed: int = 0  # of the choice of rows and of labels
 
     def __post_init__(self) -> None:
@@ -70,122 +68,6 @@ class CurvatureOptions:
     def due(self, probe: int) -> bool:
         """Whether the factors are measured at this probe, counted from 0."""
         return probe % self.refresh == 0
-
-
-# --- layers -------------------------------------------------------------------------------------------
-
-
-class Layer(NamedTuple):
-    """A linear layer; `inputs` counts the bias's constant 1."""
-
-    name: str
-    outputs: int
-    inputs: int
-    has_bias: bool
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """As `named_parameters` of the model calls them."""
-        prefix = f"{self.name}." if self.name else ""
-        return (f"{prefix}weight", f"{prefix}bias") if self.has_bias else (f"{prefix}weight",)
-
-
-def find_layers(model: nn.Module, options: CurvatureOptions | None = None) -> tuple[Layer, ...]:
-    """Those linear layers, in the order of the model, whose weight is trained and that the filters leave."""
-    options = options or CurvatureOptions()
-    found: list[Layer] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not module.weight.requires_grad:
-            continue
-        wanted = any(fnmatchcase(name, pattern) for pattern in options.layers)
-        if wanted and not any(fnmatchcase(name, pattern) for pattern in options.without):
-            outputs, inputs = module.weight.shape
-            found.append(Layer(name, outputs, inputs + (module.bias is not None), module.bias is not None))
-    if not found:
-        raise ConfigError(
-            f"no trained linear layer is left by layers={list(options.layers)} and without={list(options.without)}. "
-            "Widen the filters, or use another metric."
-        )
-    return tuple(found)
-
-
-# --- what passes through the layers -------------------------------------------------------------------
-
-
-class _Passed(NamedTuple):
-    """Of one layer and one batch, a row at the front: (rows, positions, width), what is not counted being 0."""
-
-    layer: Layer
-    input_bsi: Tensor
-    grad_bso: Tensor
-    places: Tensor  # how many count
-
-
-@contextmanager
-def _listening(model: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """What goes in and out of the layers, while inside; evaluation mode, nothing compiled, random states kept."""
-    heard: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
-    modules = dict(model.named_modules())
-    modes = [(module, module.training) for module in model.modules()]
-    devices = list({parameter.device for parameter in model.parameters() if parameter.is_cuda})
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        return lambda module, args, output: heard[name].append((args[0].detach(), output))
-
-    handles = [modules[layer.name].register_forward_hook(hook(layer.name)) for layer in layers]
-    try:
-        model.eval()
-        with torch.enable_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
-            yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
-
-
-def _passes(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    batches: Iterable[Any],
-    sampled_loss: SampledLoss,
-    device: torch.device | str,
-    precision: Precision,
-) -> Iterator[_Passed]:
-    kind = torch.device(device).type
-    for batch in batches:
-        with _listening(model, layers) as heard:
-            moved = batch.to(device) if hasattr(batch, "to") else batch
-            with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
-                sampled = sampled_loss(model, moved)
-            calls = [heard[layer.name][0] for layer in layers if len(heard[layer.name]) == 1]
-            if len(calls) < len(layers):
-                odd = [layer.name for layer in layers if len(heard[layer.name]) != 1]
-                raise ConfigError(
-                    f"layers {', '.join(odd[:5])} were not called just once in a pass. Curvature needs layers that "
-                    "are modules called once: leave these out by curvature.without."
-                )
-            grads = torch.autograd.grad(sampled.loss, [output for _, output in calls], allow_unused=True)
-        for layer, (entered, left), grad in zip(layers, calls, grads, strict=True):
-            grad = torch.zeros_like(left) if grad is None else grad
-            yield _passed(layer, entered, grad.detach(), sampled.counted)
-
-
-def _passed(layer: Layer, entered: Tensor, grad: Tensor, counted: Tensor | None) -> _Passed:
-    wide = torch.promote_types(entered.dtype, torch.float32)
-    entered, grad = entered.to(wide), grad.to(wide)
-    if layer.has_bias:
-        entered = torch.cat([entered, torch.ones_like(entered[..., :1])], -1)
-    if counted is None:
-        counted = torch.ones(entered.shape[:-1], dtype=torch.bool, device=entered.device)
-    if counted.shape != entered.shape[:-1]:
-        raise ConfigError(
-            f"layer {layer.name} takes {tuple(entered.shape[:-1])} places, {tuple(counted.shape)} are counted. "
-            "Leave it out by curvature.without, or count its places."
-        )
-    entered, grad = entered * counted[..., None], grad * counted[..., None]
-    rows = entered.shape[0] if entered.ndim > 1 else 1
-    return _Passed(layer, entered.reshape(rows, -1, layer.inputs), grad.reshape(rows, -1, layer.outputs), counted.sum())
 
 
 # --- sums, and what follows from them -----------------------------------------------------------------
@@ -204,7 +86,7 @@ def measure_covariances(
     sizes = [layer.inputs**2 + layer.outputs**2 + 1 for layer in layers]
     sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
     part_of = dict(zip([layer.name for layer in layers], sums.split(sizes), strict=True))
-    for layer, a_bsi, s_bso, places in _passes(model, layers, batches, sampled_loss, device, precision):
+    for layer, a_bsi, s_bso, places in passes(model, layers, batches, sampled_loss, device, precision):
         a_ni, s_no = a_bsi.flatten(0, 1), s_bso.flatten(0, 1)
         products = [(a_ni.T @ a_ni).flatten(), (s_no.T @ s_no).flatten(), places.reshape(1)]
         part_of[layer.name].add_(torch.cat([product.double() for product in products]))
@@ -264,7 +146,7 @@ class Curvature:
         sums = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         part_of = dict(zip([layer.name for layer in self.layers], sums.split(sizes), strict=True))
         factors_of = dict(zip([layer.name for layer in self.layers], self.factors, strict=True))
-        for layer, a_bsi, s_bso, places in _passes(model, self.layers, batches, sampled_loss, device, precision):
+        for layer, a_bsi, s_bso, places in passes(model, self.layers, batches, sampled_loss, device, precision):
             basis_ii, basis_oo, _ = factors_of[layer.name]
             a_bsi, s_bso = a_bsi @ basis_ii.to(a_bsi), s_bso @ basis_oo.to(s_bso)
             square_oi = torch.einsum("bso,bsi->boi", s_bso, a_bsi).double().square().sum(0)
@@ -286,7 +168,25 @@ class Curvature:
             factors.append(old._replace(moment_oi=moment_oi.to(old.moment_oi.dtype)))
         return Curvature(self.layers, tuple(factors), self.damping, "ekfac")
 
-    # ---- use -----------------------------------------------------------------------------------
+    # ---- keeping, use -----------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, for a checkpoint: measured seldom, it is needed by a run that goes on."""
+        return {
+            f"{layer.name}/{key}": value
+            for layer, factors in zip(self.layers, self.factors, strict=True)
+            for key, value in factors._asdict().items()
+        }
+
+    @classmethod
+    def from_tensors(cls, layers: Sequence[Layer], tensors: Mapping[str, Tensor], options: CurvatureOptions) -> Self:
+        wanted = [[f"{layer.name}/{key}" for key in Factors._fields] for layer in layers]
+        if missing := sorted({name for names in wanted for name in names} - tensors.keys()):
+            raise CheckpointError(
+                f"saved factors lack {', '.join(missing[:3])}; needed are those of {len(layers)} layers. Measure anew."
+            )
+        factors = tuple(Factors(*(tensors[name] for name in names)) for names in wanted)
+        return cls(tuple(layers), factors, options.damping, options.kind)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -339,7 +239,7 @@ def measure(
 ) -> Curvature:
     """Both passes over the same batches; `total` adds sums up over the ranks, where there are others."""
     options = options or CurvatureOptions()
-    layers, loss = find_layers(model, options), sampled_loss or of_rows(options.seed)
+    layers, loss = find_layers(model, options.layers), sampled_loss or of_rows(options.seed)
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     how: dict[str, Any] = {"device": device, "precision": precision}
     sums = total(measure_covariances(model, layers, batches(), loss, **how))

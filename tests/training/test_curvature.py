@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from mixer.core.errors import ConfigError, SignalError
+from mixer.core.errors import CheckpointError, ConfigError, SignalError
 from mixer.training.curvature import (
     Curvature,
     CurvatureOptions,
-    find_layers,
     measure,
     measure_covariances,
 )
 from mixer.training.labels import Sampled, choose_batches, draw_labels, of_rows, uniforms
+from mixer.training.layers import find_layers
 from mixer.training.step import StepRows
 from tests.fakes import make_corpus
 from tests.training import ranks
 from tests.training.making import gradients, make_batch, tiny
 
-ALL = CurvatureOptions(without=())
+ALL = CurvatureOptions(layers=("*.weight", "*.bias"))
 
 
 def matrix(curvature, names=None):
@@ -80,7 +80,7 @@ class Softmax:
         return Sampled(-(chosen * (4 * chosen.exp()).sqrt().detach()).sum(), None)
 
     def measured(self, kind):
-        options = CurvatureOptions(kind=kind, layers=("",))
+        options = CurvatureOptions(kind=kind, layers=("weight",))
         return measure(self.model, self.batches, options, sampled_loss=self.loss)
 
     def relative(self, found):
@@ -126,7 +126,7 @@ def test_labels_drawn_from_the_model_give_the_same_moments():
 
     source = torch.Generator().manual_seed(1)
     points = [torch.from_numpy(known.x)] * 100
-    drawn = measure(known.model, lambda: points, CurvatureOptions(layers=("",)), sampled_loss=sampled)
+    drawn = measure(known.model, lambda: points, CurvatureOptions(layers=("weight",)), sampled_loss=sampled)
     exact = known.measured("ekfac")
     # 40,000 draws; the basis is the same but for signs, as A is exact and S nearly so.
     np.testing.assert_allclose(approximation(drawn), approximation(exact), atol=0.02 * np.abs(known.fisher).max())
@@ -153,7 +153,7 @@ def test_a_linear_layer_with_squared_loss_gives_its_gauss_newton_matrix(kind, bi
     def corner(model, output):
         return Sampled(3**0.5 * model(x)[:, output].sum(), None)
 
-    found = measure(model, lambda: range(3), CurvatureOptions(kind=kind, layers=("",)), sampled_loss=corner)
+    found = measure(model, lambda: range(3), CurvatureOptions(kind=kind, layers=("*",)), sampled_loss=corner)
     whole = torch.cat([x, torch.ones(40, 1)], 1) if bias else x
     a = whole.T @ whole / 40
     damping = 0.1 * torch.trace(a) / len(a)
@@ -191,7 +191,7 @@ def row_gradients(model, parts, name, seed=0):
 @pytest.mark.parametrize("name", ["layers.0.attention.value", "layers.1.mlp.gate", "layers.1.mlp.output"])
 def test_moments_of_a_decoder_are_those_of_whole_rows_gradients(name):
     model, (rows, parts) = tiny(**SMALL), rows_of()
-    found = measure(model, lambda: [rows.part(0, 2), rows.part(2, 5)], CurvatureOptions(layers=(name,)))
+    found = measure(model, lambda: [rows.part(0, 2), rows.part(2, 5)], CurvatureOptions(layers=(f"{name}.weight",)))
     (factors,) = found.factors
     fisher = torch.stack([g.flatten() for g in row_gradients(model, parts, f"{name}.weight")])
     fisher = fisher.T @ fisher / rows.num_targets
@@ -200,7 +200,7 @@ def test_moments_of_a_decoder_are_those_of_whole_rows_gradients(name):
         torch.diag(basis.T @ fisher @ basis), factors.moment_oi.double().flatten(), rtol=2e-4, atol=1e-7
     )
     # So no other moments in this basis come nearer to it, and K-FAC's do not.
-    kfac = measure(model, lambda: [rows], CurvatureOptions(layers=(name,), kind="kfac"))
+    kfac = measure(model, lambda: [rows], CurvatureOptions(layers=(f"{name}.weight",), kind="kfac"))
     errors = [float((approximation(one) - fisher).norm() / fisher.norm()) for one in (found, kfac)]
     assert errors[0] < errors[1]
     assert errors[0] < 0.95
@@ -208,7 +208,7 @@ def test_moments_of_a_decoder_are_those_of_whole_rows_gradients(name):
 
 def test_covariances_of_a_decoder_leave_out_places_without_a_target():
     model, (rows, parts) = tiny(**SMALL), rows_of()
-    layers = find_layers(model, CurvatureOptions(layers=("layers.0.attention.query",)))
+    layers = find_layers(model, ("layers.0.attention.query.weight",))
     sums = measure_covariances(model, layers, parts, of_rows(0))
     a_sum, _, places = sums.split([64, 64, 1])
     assert 0 < rows.num_targets < rows.tokens_bs.numel()
@@ -226,6 +226,8 @@ def test_a_whole_decoder_is_preconditioned_by_its_layers():
     assert len(found.names) == 14
     grads = {name: grad for name, grad in gradients(model, rows).items() if name in found.names}
     got = found.precondition(grads)
+    again = Curvature.from_tensors(found.layers, found.tensors(), CurvatureOptions()).precondition(grads)
+    assert all(torch.equal(again[name], got[name]) for name in grads)
     one = "layers.0.mlp.up.weight"
     layer = dict(zip(found.names, found.factors, strict=True))[one]
     turned = layer.basis_oo.T @ grads[one] @ layer.basis_ii / (layer.moment_oi + 0.1 * layer.moment_oi.mean())
@@ -385,11 +387,15 @@ def test_rows_follow_the_weights_and_are_shared_by_ranks(tmp_path):
 # --- options, and what is refused -------------------------------------------------------------------------
 
 
-def test_layers_are_found_by_name():
+def test_layers_are_found_by_the_names_of_their_parameters():
     model = tiny(tied=False)
-    assert "head.weight" not in {name for layer in find_layers(model) for name in layer.parameters}
-    only = find_layers(model, CurvatureOptions(layers=("*.mlp.*",), without=("*.gate",)))
-    assert [layer.name for layer in only] == [f"layers.{n}.mlp.{name}" for n in (0, 1) for name in ("up", "output")]
+    every = {name for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim == 2}
+    assert {name for layer in find_layers(model) for name in layer.parameters} == every
+    only = find_layers(model, ("*.mlp.up.*", "*.1.mlp.output.weight"))
+    assert [layer.name for layer in only] == ["layers.0.mlp.up", "layers.1.mlp.up", "layers.1.mlp.output"]
+    noisy = Noisy()
+    assert find_layers(noisy, ("one.weight",))[0] == ("one", 4, 3, False)
+    assert find_layers(noisy, ("one.*",))[0] == ("one", 4, 4, True)
     assert [CurvatureOptions(refresh=3).due(probe) for probe in range(5)] == [True, False, False, True, False]
 
 
@@ -403,12 +409,16 @@ def test_what_cannot_be_is_refused():
     ]:
         with pytest.raises(ConfigError, match=text):
             CurvatureOptions(**wrong)
-    with pytest.raises(ConfigError, match=r"no trained linear layer is left by layers=\['none'\]"):
-        find_layers(model, CurvatureOptions(layers=("none",)))
+    with pytest.raises(ConfigError, match=r"layers=\['none'\] leaves no linear layer that is trained"):
+        find_layers(model, ("none",))
+    with pytest.raises(ConfigError, match=r"embedding\.weight, layers\.0\..* cannot have a curvature: layers=\['\*'\]"):
+        find_layers(model, ("*",))
+    with pytest.raises(ConfigError, match=r"one\.bias cannot have a curvature"):
+        find_layers(Noisy(), ("one.bias", "two.*"))
     untied = tiny(**SMALL, tied=False)  # its head is multiplied, not called
     with pytest.raises(ConfigError, match=r"layers head were not called just once in a pass"):
-        measure(untied, lambda: [rows], ALL)
-    found = measure(model, lambda: [rows], CurvatureOptions(layers=("*.up",)))
+        measure(untied, lambda: [rows], CurvatureOptions(layers=("head.weight",)))
+    found = measure(model, lambda: [rows], CurvatureOptions(layers=("*.up.weight",)))
     grads = gradients(model, rows)
     with pytest.raises(ConfigError, match=r"parameters embedding\.weight, .* have no curvature; covered are 2"):
         found.precondition(grads)
@@ -417,7 +427,10 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match=r"sums of shape \(3,\); needed"):
         found.refined(torch.zeros(3))
     with pytest.raises(SignalError, match=r"layer layers\.0\.mlp\.up have 0 places and 0 numbers"):
-        measure(model, lambda: [StepRows.nothing(12, "cpu")], CurvatureOptions(layers=("*.up",)))
+        measure(model, lambda: [StepRows.nothing(12, "cpu")], CurvatureOptions(layers=("*.up.weight",)))
+    kept = {name: value for name, value in found.tensors().items() if not name.endswith("up/moment_oi")}
+    with pytest.raises(CheckpointError, match=r"lack layers\.0\.mlp\.up/moment_oi, layers\.1.* of 2 layers"):
+        Curvature.from_tensors(found.layers, kept, CurvatureOptions())
     sums = measure_covariances(model, found.layers, [rows], of_rows(0))
     sums[3] = torch.nan
     with pytest.raises(SignalError, match=r"and 1 numbers that are not finite"):
