@@ -280,6 +280,19 @@ def test_labels_are_a_rows_own():
     assert float(many.max()) < 1
 
 
+def test_losses_are_of_the_models_own_labels():
+    model, (rows, _) = tiny(**SMALL), rows_of()
+    found = of_rows(5)(model, rows)
+    assert found.counted is not None
+    assert torch.equal(found.counted, rows.target_bs >= 0)
+    logits = model(rows.tokens_bs, rows.documents)
+    assert isinstance(logits, torch.Tensor)
+    chances = torch.softmax(logits.double(), -1).cumsum(-1)
+    labels = (chances < uniforms(rows, 5)[..., None]).sum(-1)[found.counted]
+    expected = nn.functional.cross_entropy(logits[found.counted], labels, reduction="sum")
+    torch.testing.assert_close(found.loss, expected)
+
+
 class Noisy(nn.Module):
     """Draws random numbers, and has a part that is trained and one that is not."""
 
