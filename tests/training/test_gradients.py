@@ -10,7 +10,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 
 from mixer.core.errors import ConfigError
 from mixer.core.permute import key_of
-from mixer.training.gradients import CountSketch, Kept, adam_scales, choose_pieces, probing, sum_gradient
+from mixer.training.gradients import CountSketch, Kept, Piece, adam_scales, choose_pieces, probing, sum_gradient
 from mixer.training.optimizer import OptimizerOptions, make_optimizer, set_rate
 from mixer.training.step import DomainLosses, StepRows
 from tests.training.making import make_batch, tiny
@@ -221,6 +221,17 @@ def test_products_of_kept_gradients(monkeypatch):
     kept.put(1, [torch.tensor([1.0, 0.0]), torch.tensor([1.0])])
     assert kept.products([torch.tensor([1.0, 10.0]), torch.tensor([100.0])]).tolist() == [321.0, 211.0]
     assert kept.gram().tolist() == [[14.0, 9.0], [9.0, 6.0]]
+
+
+def test_copies_are_counted_once():
+    copy = [Piece(piece.name, piece.parameter, 0, piece.size, False) for piece in choose_pieces(Two())]
+    gradient = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    kept = Kept(copy, 1)
+    kept.put(0, gradient)
+    assert kept.gram().tolist() == [[0.0]]
+    sums = torch.zeros(8, dtype=torch.float64)
+    CountSketch(8, 0).add_gradient(sums, copy, gradient)
+    assert not sums.any()
 
 
 # --- sketches -----------------------------------------------------------------------------------------
