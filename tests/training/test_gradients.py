@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Partial, Replicate, Shard
 
 from mixer.core.errors import ConfigError
 from mixer.core.permute import key_of
-from mixer.training.gradients import CountSketch, Kept, adam_scales, choose_pieces, probing, sum_gradient
+from mixer.training.gradients import CountSketch, Kept, Piece, adam_scales, choose_pieces, probing, sum_gradient
 from mixer.training.optimizer import OptimizerOptions, make_optimizer, set_rate
 from mixer.training.step import DomainLosses, StepRows
 from tests.training.making import make_batch, tiny
@@ -49,6 +50,55 @@ def test_layers_are_chosen_by_name():
     ]
     with pytest.raises(ConfigError, match=r"layers: 'heads\.\*' matches no parameter that is trained\. There are emb"):
         names(model, ["*", "heads.*"])
+
+
+class Sharded(nn.Parameter):
+    """A parameter as it is laid out over a mesh: its shape, and this rank's rows of it."""
+
+    def laid_out(self, placements, mesh, coordinate, rows):
+        self.placements, self._rows = placements, rows
+        self.device_mesh = type("Mesh", (), {"shape": mesh, "get_coordinate": lambda _: coordinate})()
+        return self
+
+    def to_local(self):
+        return self.data[: self._rows]
+
+
+def laid_out(*layout):
+    model = nn.ModuleList([nn.Linear(3, 7, bias=False)])
+    model[0].weight = Sharded(torch.zeros(7, 3)).laid_out(*layout)
+    (piece,) = choose_pieces(model)
+    return piece.begin, piece.size, piece.counts
+
+
+def test_shards_know_where_they_lie():
+    rows = Shard(0)
+    assert [laid_out((rows,), (4,), (rank,), size) for rank, size in enumerate([2, 2, 2, 1])] == [
+        (0, 6, True),
+        (6, 6, True),
+        (12, 6, True),
+        (18, 3, True),
+    ]
+    assert [laid_out((rows,), (6,), (rank,), size) for rank, size in [(3, 1), (4, 0), (5, 0)]] == [
+        (18, 3, True),
+        (21, 0, True),
+        (21, 0, True),
+    ]
+    copies = Replicate()
+    assert laid_out((copies, rows), (2, 2), (0, 1), 3) == (12, 9, True)
+    assert laid_out((copies, rows), (2, 2), (1, 1), 3) == (12, 9, False)
+    assert laid_out((copies,), (3,), (2,), 7) == (0, 21, False)
+    for placements in [(Shard(1), copies), (rows, rows), (Partial(), rows)]:
+        with pytest.raises(ConfigError, match=r"0\.weight is laid out as .*replicated, or cut once along their rows"):
+            laid_out(placements, (2, 2), (0, 0), 2)
+
+
+def test_a_weight_that_is_whole_in_a_sharded_model_is_refused():
+    model = nn.ModuleList([nn.Linear(3, 7, bias=False), nn.Linear(3, 7, bias=False)])
+    model[0].weight = Sharded(torch.zeros(7, 3)).laid_out((Shard(0),), (2,), (0,), 4)
+    with pytest.raises(ConfigError, match=r"1\.weight is whole on every rank of a model that is sharded"):
+        choose_pieces(model)
+    assert len(choose_pieces(model, ["0.*"])) == 1
 
 
 # --- gradients ----------------------------------------------------------------------------------------
@@ -171,6 +221,17 @@ def test_products_of_kept_gradients(monkeypatch):
     kept.put(1, [torch.tensor([1.0, 0.0]), torch.tensor([1.0])])
     assert kept.products([torch.tensor([1.0, 10.0]), torch.tensor([100.0])]).tolist() == [321.0, 211.0]
     assert kept.gram().tolist() == [[14.0, 9.0], [9.0, 6.0]]
+
+
+def test_copies_are_counted_once():
+    copy = [Piece(piece.name, piece.parameter, 0, piece.size, False) for piece in choose_pieces(Two())]
+    gradient = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    kept = Kept(copy, 1)
+    kept.put(0, gradient)
+    assert kept.gram().tolist() == [[0.0]]
+    sums = torch.zeros(8, dtype=torch.float64)
+    CountSketch(8, 0).add_gradient(sums, copy, gradient)
+    assert not sums.any()
 
 
 # --- sketches -----------------------------------------------------------------------------------------
