@@ -93,7 +93,10 @@ def test_no_order_of_the_domains_changes_a_bit():
     now[-1] = 1.0 - now.sum()
     for options in ({"entropy": 0.05}, {"max_shift": 0.3}, {"memory": 0.5, "noise": "shrink"}):
         probes = [[make_influence(one[o], error_dt=0.1) for one in benefits] for o in (np.arange(40), order)]
-        plain, moved = guided("tikmix_d", options, probes[0], now), guided("tikmix_d", options, probes[1], now[order])
+        plain, moved = (
+            guided("tikmix_d", options, one, prior.tolist())
+            for one, prior in zip(probes, (now, now[order]), strict=True)
+        )
         for left, right in zip(plain, moved, strict=True):
             assert left[1][order].tolist() == right[1].tolist()
 
