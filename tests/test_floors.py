@@ -25,6 +25,7 @@ FLOORS = {
     "mixer.config": 4,
     "mixer.run": 4,
     "mixer.launch": 4,
+    "mixer.alone": 4,
     "mixer.branch": 4,
     "jobs": 4,
 }

@@ -1,5 +1,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -7,6 +8,7 @@ from numpy.typing import ArrayLike
 from mixer.core.catalog import Catalog, Domain
 from mixer.core.influence import Influence
 from mixer.core.mixture import Mixture
+from mixer.core.policies import load_policy, policy_class
 from mixer.core.ports import Setting
 from mixer.core.signal import Evaluation, Signal, on_grid
 
@@ -114,3 +116,9 @@ def make_signal(
     if excess is not None:
         signal = replace(signal, excess_sum_d=on_grid(np.asarray(excess, dtype=np.float64) * signal.tokens_d))
     return replace(signal, evaluation=evaluation, influence=influence)
+
+
+def needs_of(kind: str) -> frozenset[str]:
+    """What a kind asks for, with its defaults where that depends on an option."""
+    found: Any = policy_class(kind).NEEDS
+    return found if isinstance(found, frozenset) else load_policy(kind).NEEDS

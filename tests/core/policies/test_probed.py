@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from mixer.core.mixture import Mixture
-from mixer.core.policies import kinds, load_policy, policy_class
-from tests.core.policies.making import make_catalog, make_influence, make_setting, make_signal, make_targets
+from mixer.core.policies import kinds, load_policy
+from tests.core.policies.making import make_catalog, make_influence, make_setting, make_signal, make_targets, needs_of
 
-PROBED = [kind for kind in kinds() if policy_class(kind).NEEDS and {"influence", "gram"} >= policy_class(kind).NEEDS]
+PROBED = [kind for kind in kinds() if needs_of(kind) and {"influence", "gram"} >= needs_of(kind)]
 VARIANTS = [(kind, {}) for kind in PROBED] + [
     ("ftrl", {"score": "worst", "base": "average", "noise": "shrink", "memory": 0.8}),
     ("ftrl", {"score": "log", "base": "prior", "scale": "none", "rate": 1e6}),
