@@ -28,7 +28,7 @@ A target's rows are chosen away from those on which it is evaluated, as far as h
 what steers a run must not be what judges it. Of a smaller target all rows are probed, and its loss in evaluations
 flatters the run.
 
-Functional dropout (inside attention kernels, say) stays as it is in training; dropout modules are off.
+The z-loss has no part in it. Dropout modules are off; functional dropout (in attention kernels) is as in training.
 """
 
 from dataclasses import dataclass, replace
@@ -124,7 +124,7 @@ class Probe:
     ) -> None:
         self.options, self.facts = options, facts
         self.rows, self.target_rows = rows, None if targets is None else targets.by_source
-        self._seed = geometry.seed
+        self._seed, self._window_rows = geometry.seed, geometry.window_slots
         if targets is not None:
             refuse_other(rows.corpus.manifest, targets)
         names = rows.catalog.names
@@ -146,17 +146,14 @@ class Probe:
             sharded=facts.sharded,
             harvested=options.harvest,
         )
-        self._window_rows = geometry.window_slots
-        every = options.every_windows
+        every = budgeted_windows(self.cost_rows, budget=options.budget, window_rows=geometry.window_slots)
         self.cadence = Cadence(
             start_windows=options.start_windows,
-            every_windows=every
-            or budgeted_windows(self.cost_rows, budget=options.budget, window_rows=geometry.window_slots),
-            repays=every is None,
+            every_windows=options.every_windows or every,
+            repays=options.every_windows is None,
         )
-        domains_p = plan.group_p[is_domain_p]
-        if options.harvest:
-            domains_p = np.repeat(np.arange(self.num_domains), options.parts)
+        harvested_p = np.repeat(np.arange(self.num_domains), options.parts)
+        domains_p = harvested_p if options.harvest else plan.group_p[is_domain_p]
         self._group_p = np.concatenate([domains_p, plan.group_p[~is_domain_p]])
         self.domain_parts, self.target_parts = len(domains_p), int((~is_domain_p).sum())
 
