@@ -4,7 +4,8 @@ A micro-batch whose rows are all of one domain has, in its backward pass, that d
 is entered around each micro-batch of `accumulate_gradients`; it hangs a hook on every chosen parameter, which sees
 the gradient of this micro-batch alone, before it is added to `.grad` and before data parallel sums it over ranks
 (that happens after the addition). So every micro-batch counts, the last one of a step too, and nothing in the step
-changes. What it costs is the sketching.
+changes. What it costs is the sketching, in every step; the budget counts rows and does not see it. It is little
+beside the backward pass of a large micro-batch, and much where a weight is smaller than the sketch is wide.
 
 How many micro-batches are of one domain is for the geometry to say (`together_rows`); one that is not is left out.
 On a GPU that is decided there, without waiting.

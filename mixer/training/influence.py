@@ -28,7 +28,7 @@ A target's rows are chosen away from those on which it is evaluated, as far as h
 what steers a run must not be what judges it. Of a smaller target all rows are probed, and its loss in evaluations
 flatters the run.
 
-Functional dropout (inside attention kernels, say) stays as it is in training; dropout modules are off.
+The z-loss has no part in it. Dropout modules are off; functional dropout (in attention kernels) is as in training.
 """
 
 from dataclasses import dataclass, replace
@@ -66,6 +66,7 @@ from mixer.training.step import StepRows
 
 FEW_TARGETS = 4  # that `auto` projects on
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +126,7 @@ class Probe:
     ) -> None:
         self.options, self.facts = options, facts
         self.rows, self.target_rows = rows, None if targets is None else targets.by_source
-        self._seed = geometry.seed
+        self._seed, self._window_rows = geometry.seed, geometry.window_slots
         if targets is not None:
             refuse_other(rows.corpus.manifest, targets)
         names = rows.catalog.names
@@ -147,17 +148,14 @@ class Probe:
             sharded=facts.sharded,
             harvested=options.harvest,
         )
-        self._window_rows = geometry.window_slots
-        every = options.every_windows
+        every = budgeted_windows(self.cost_rows, budget=options.budget, window_rows=geometry.window_slots)
         self.cadence = Cadence(
             start_windows=options.start_windows,
-            every_windows=every
-            or budgeted_windows(self.cost_rows, budget=options.budget, window_rows=geometry.window_slots),
-            repays=every is None,
+            every_windows=options.every_windows or every,
+            repays=options.every_windows is None,
         )
-        domains_p = plan.group_p[is_domain_p]
-        if options.harvest:
-            domains_p = np.repeat(np.arange(self.num_domains), options.parts)
+        harvested_p = np.repeat(np.arange(self.num_domains), options.parts)
+        domains_p = harvested_p if options.harvest else plan.group_p[is_domain_p]
         self._group_p = np.concatenate([domains_p, plan.group_p[~is_domain_p]])
         self.domain_parts, self.target_parts = len(domains_p), int((~is_domain_p).sum())
 
@@ -268,11 +266,15 @@ class Probe:
         empty_g = np.bincount(self._group_p, tokens_p, groups) == 0
         lost_p = (bad_p > 0) | (~np.isfinite(loss_p) & (tokens_p > 0))
         lost_g = empty_g | (np.bincount(self._group_p, lost_p, groups) > 0)
-        tokens_p, rows_p = (np.where(empty_g[self._group_p], 1.0, count_p) for count_p in (tokens_p, rows_p))
+        # Parts without a token are left out, unless their group has no other; those count for one, and are unknown.
+        kept_p = (tokens_p > 0) | empty_g[self._group_p]
+        group_p, loss_p = self._group_p[kept_p], loss_p[kept_p]
+        tokens_p, rows_p = np.maximum(tokens_p[kept_p], 1), np.maximum(rows_p[kept_p], 1)
+        products_pp = products_pp[np.ix_(kept_p, kept_p)]
         found = summarise(
-            self._in_one_metric(products_pp),
+            self._in_one_metric(products_pp, group_p),
             Parts(
-                group_n=self._group_p,
+                group_n=group_p,
                 tokens_n=tokens_p.astype(np.int64),
                 rows_n=rows_p.astype(np.int64),
                 loss_n=np.where(np.isfinite(loss_p), loss_p, 0.0),
@@ -288,7 +290,7 @@ class Probe:
             target_loss_t=np.where(lost_g[split:], np.nan, found.target_loss_t),
             tokens=int(np.nan_to_num(values[0])),
         )
-        return self._with_sketch_error(found, products_pp, tokens_p) if self.method == "sketch" else found
+        return self._with_sketch_error(found, products_pp, group_p, tokens_p) if self.method == "sketch" else found
 
     def _products(self, values: Floats, tokens_p: Floats) -> Floats:
         """Inner products of all parts' mean gradients; NaN where this method gives none."""
@@ -304,18 +306,18 @@ class Probe:
             products_pp[split:, :split] = products_pp[:split, split:].T
         return products_pp / tokens_p[:, None] / tokens_p
 
-    def _in_one_metric(self, products_pp: Floats) -> Floats:
+    def _in_one_metric(self, products_pp: Floats, group_p: Ints) -> Floats:
         """Without the products of one side with itself, where the metric is on the targets' side alone."""
         if self.options.metric != "ekfac":
             return products_pp
-        is_domain_p = np.arange(len(products_pp)) < self.domain_parts
+        is_domain_p = group_p < self.num_domains
         return np.where(is_domain_p[:, None] == is_domain_p, np.nan, products_pp)
 
-    def _with_sketch_error(self, found: Influence, products_pp: Floats, tokens_p: Floats) -> Influence:
+    def _with_sketch_error(self, found: Influence, products_pp: Floats, group_p: Ints, tokens_p: Floats) -> Influence:
         """With the bound of the sketch's variance in the errors: it is the same in all parts, so these do not show
         it."""
         weight_gp = np.zeros((len(self._groups), len(tokens_p)))
-        weight_gp[self._group_p, np.arange(len(tokens_p))] = tokens_p
+        weight_gp[group_p, np.arange(len(tokens_p))] = tokens_p
         weight_gp /= weight_gp.sum(1, keepdims=True)
         square_g = np.einsum("gp,pq,gq->g", weight_gp, np.nan_to_num(products_pp), weight_gp)
         domain_d, target_t = square_g[: self.num_domains], square_g[self.num_domains :]

@@ -209,3 +209,12 @@ def test_a_probe_takes_what_was_harvested(folders):  # noqa: F811
         probe.measure(model, optimizer, 0)
     nothing = probe.close(probe.measure(model, optimizer, 0, harvested=harvest.close()), 0.1)
     assert np.isnan(nothing.benefit_dt).all() and np.isfinite(nothing.target_loss_t).all()
+    around = harvest.around(1.0)
+    for rows in rows_of(probe, plan, [0]):
+        with around(rows._replace(domain_b=torch.tensor([1]), row_b=torch.tensor([2]))):
+            out = model(rows.tokens_bs, rows.documents, rows.target_bs)
+            out.loss_bs.sum().backward()
+    little = probe.close(probe.measure(model, optimizer, 0, harvested=harvest.close()), 0.1)
+    assert np.isnan(little.benefit_dt).tolist() == [[True] * 2, [False] * 2, [True] * 2]
+    np.testing.assert_allclose(little.benefit_dt[1] / expected.benefit_dt[0], 1.0, atol=0.9)  # a third of its rows
+    assert np.isnan(little.benefit_error_dt).all()  # of one part there is none
