@@ -175,6 +175,9 @@ def runs(tmp_path_factory):
     plan["all harmed"] = make("all harmed"), [{}, {"all harmed": 1}]
     plan["natural"] = make("natural", "policy={kind: natural}"), [{}]
     plan["three"] = make("three", "policy={kind: natural}"), [{"stopped": 6}]
+    weighed = ["policy={kind: natural}", "step.reweight={kind: feasible, burn_in: 0.0, feasible: {tolerance: 4.0}}"]
+    plan["natural, weighed"] = make("natural, weighed", *weighed), [{}]
+    plan["three, weighed"] = make("three, weighed", *weighed, "step.micro_rows=1"), [{"stopped": 6}]
     plan["bad"] = make("bad", "step.bad_loss=stop"), [{"bad": 5, "stopped": 6}, {}, {}]
     done = {name: (config, [], {}) for name, (config, _) in plan.items()}
 
@@ -186,7 +189,7 @@ def runs(tmp_path_factory):
             done[name][2].update({one["window"]: one["loss"] for one in records if one["kind"] == "window"})
 
     go(2, [(name, happens) for name, (_, script) in plan.items() for happens in script])
-    go(3, [("three", {})])
+    go(3, [("three", {}), ("three, weighed", {})])
     lost = ("never saved", "all harmed")  # without a checkpoint that can be read
     return {
         name: (None if name in lost else Outcome.of(config), endings, losses)
@@ -235,9 +238,13 @@ def test_where_all_checkpoints_are_harmed_the_run_is_refused(runs):
     assert "every checkpoint of " in runs["all harmed"][1][1]
 
 
-def test_begun_by_two_ranks_and_gone_on_with_by_three(runs):
-    whole, _, expected = runs["natural"]
-    three, endings, losses = runs["three"]
+@pytest.mark.parametrize("weighed", ["", ", weighed"])
+def test_begun_by_two_ranks_and_gone_on_with_by_three(runs, weighed):
+    whole, _, expected = runs[f"natural{weighed}"]
+    three, endings, losses = runs[f"three{weighed}"]
+    if weighed:
+        unlike = runs["natural"][2]
+        assert max(abs(unlike[window] / expected[window] - 1) for window in range(SHORT)) > 3 * NEAR
     assert endings == ["stopped", "finished"]
     assert three.schedule == whole.schedule
     assert three.rows == whole.rows

@@ -349,6 +349,9 @@ def test_multipliers_of_domains_by_hand() -> None:
     assert weigh(doubles(30, 100, 10), targets_b, domain_b, row_b).tolist() == [0.625, 0.625, 0.0]
     assert weigh(doubles(30, math.nan, 40), targets_b, domain_b, row_b).tolist() == [1.125, 0.0, 1.0]
     assert made.state() == {"domains": {"a": 1.125, "b": 0.0, "c": 1.0}}
+    alone = torch.tensor([10]), torch.tensor([0]), torch.tensor([5])
+    assert weigh(doubles(35), *alone).tolist() == [1.875]
+    assert made.state()["domains"]["c"] == 1.0  # it gave no row
 
 
 def random_steps(made: Reweighting, steps: range, num_rows: int = 300) -> list[list[float]]:

@@ -452,6 +452,24 @@ def test_a_bad_row_makes_the_gradient_of_every_rank_not_finite() -> None:
     assert not grads["weight"].isfinite().any()
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_weights_are_asked_for_once_and_told_of_no_absurd_loss(micro_batches: int) -> None:
+    batch = make_batch(2, 4, starts=[[0]] * 2, length=[4, 3])
+    batch.tokens[:] = [[0, 1, 0, 0], [0, 0, 0, 0]]
+    rows, seen = StepRows.of(batch), []
+
+    def weigh(loss_b: Tensor, *rest: Tensor) -> Tensor:
+        seen.append([loss_b.tolist(), *(one.tolist() for one in rest)])
+        return torch.ones_like(loss_b)
+
+    gradients(Fixed([1.0, 5000.0]), rows, micro_batches=micro_batches, weigh=weigh)
+    losses, *others = seen[0]
+    assert len(seen) == 1
+    assert math.isnan(losses[0])  # 5,002 nats over three targets
+    assert losses[1] == 2.0
+    assert others == [[3, 2], batch.domain_index.tolist(), batch.row.tolist()]
+
+
 def test_the_rate_is_set_and_the_gradient_clipped() -> None:
     rows = StepRows.of(make_batch())
     model = tiny()
