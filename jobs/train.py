@@ -19,6 +19,13 @@ SHOWN = 4  # domains
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mixer train", description=__doc__)
     top.add_argument("config", nargs="+", help="YAML files, then key=value overrides, as train.windows=64")
+    top.add_argument(
+        "--takeover",
+        action="store_true",
+        help="go on with a run whose owner is on a machine that nobody can reach any more, and still holds the "
+        "run's lock on a shared file system; if it wakes up, it writes nothing more. An owner on this machine is never "
+        "replaced: stop it",
+    )
     return top
 
 
@@ -26,15 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     files = [one for one in args.config if "=" not in one]
     config = load(RunConfig, files, [one for one in args.config if "=" in one])
-    return to_the_end(config, open_rows(config))
+    return to_the_end(config, open_rows(config), takeover=args.takeover)
 
 
-def to_the_end(config: RunConfig, rows: CatalogRows) -> int:
+def to_the_end(config: RunConfig, rows: CatalogRows, *, takeover: bool = False) -> int:
     """Train, and tell of it; the exit status."""
     lines = Lines()
     print(f"run {config.run.folder}", flush=True)
     try:
-        finish = fit(config, rows, on_status=lines)
+        finish = fit(config, rows, on_status=lines, takeover=takeover)
     finally:
         lines.close()
     print(closing(config, finish))

@@ -21,7 +21,7 @@ import ray
 from mixer.control.actor import NAMESPACE, find_actor, start_actor
 from mixer.control.client import ControllerClient
 from mixer.control.doorway import cluster_inside
-from mixer.control.fence import require_free
+from mixer.control.fence import epoch_to_replace, require_free
 from mixer.control.replay import REPLAY
 from mixer.control.rundir import load_origin, load_schedule
 from mixer.core import errors
@@ -88,11 +88,15 @@ def fit(
     work: Callable[[Job], None] = work,
     on_status: Callable[[Status], None] = lambda status: None,
     every_s: float = 0.5,
+    takeover: bool = False,
 ) -> Finish:
     """Begin the run, or go on with it, until it ends; `work` is what every worker does. A folder that was made to
-    repeat a schedule repeats it."""
+    repeat a schedule repeats it. With `takeover` a run is gone on with whose owner cannot be reached."""
     folder = config.run.folder
-    if folder.exists():
+    replaced: int | None = None
+    if takeover:
+        replaced = epoch_to_replace(folder)
+    elif folder.exists():
         require_free(folder)
     followed: MixtureSchedule | None = None
     if (folder / "schedule.jsonl").exists():
@@ -101,7 +105,7 @@ def fit(
             followed = load_schedule(folder)
             followed.check_resume(rows.catalog, config.geometry)
     planned = plan_length(config, rows.catalog)
-    charge = make_charge(config, rows, follows=followed is not None)
+    charge = replace(make_charge(config, rows, follows=followed is not None), takeover=replaced)
     older = older_rows(followed, rows) if followed else ()
     folder.mkdir(parents=True, exist_ok=True)
     with ray_for(config.run):

@@ -5,9 +5,9 @@
 not beyond the last is dropped, so that a restart, which trains windows again and reports them again, adds nothing.
 Events are always kept. Numbers that are not finite are null.
 
-One process appends; any may read while it does. A record is one write of a whole line. Nothing here raises for the
-sake of a file, since training never stops for bookkeeping: a disk that is full or gone costs the records of that
-time and one warning, and never leaves half a line between whole ones.
+One process appends, within the owner's fence; any may read while it does. A record is one write of a whole line.
+Nothing here raises for the sake of a file, since training never stops for bookkeeping: a disk that is full or gone
+costs the records of that time and one warning, and never leaves half a line between whole ones.
 """
 
 import errno
@@ -19,17 +19,21 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mixer.control.fence import Fence
+from mixer.core.errors import MixerError
 
 logger = logging.getLogger(__name__)
 
 ONCE = frozenset({"window", "policy", "evaluation"})  # kinds of which a window has one record
 _HEAD = re.compile(rb'\{"kind":"(\w+)","window":(\d+)[,}]')  # how `append` begins a record of those kinds
 _BLOCK_BYTES = 1 << 20
+_LOST = "the run belongs to another process"
 
 
 class Once:
@@ -48,10 +52,13 @@ class Once:
 
 
 class Journal:
-    """The appending end, for any number of threads. Whatever happens to its file, no method raises an OSError."""
+    """The appending end, for any number of threads. Whatever happens to its file or to the ownership of its run, no
+    method raises an error of it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fence: Fence | None = None) -> None:
+        """With the fence of the run, a process that was replaced adds nothing to it."""
         self.path = path
+        self._fence = fence
         self.lost = 0  # records that could not be written
         self._once = Once()
         self._lock = threading.Lock()
@@ -59,8 +66,9 @@ class Journal:
         self._trouble: str | None = None  # what the last warning said, while that goes on
         self._half = -1  # size to cut the file back to before anything is added: half a line follows
         try:
-            self._open()
-        except OSError as error:
+            with self._writing():
+                self._open()
+        except (OSError, MixerError) as error:
             self._failed(error)
 
     def append(self, record: Mapping[str, Any]) -> bool:
@@ -70,8 +78,9 @@ class Journal:
             if self._once.is_known(record):
                 return False
             try:
-                self._write(data)
-            except OSError as error:
+                with self._writing():
+                    self._write(data)
+            except (OSError, MixerError) as error:
                 self.lost += 1
                 self._failed(error)
                 return False
@@ -95,6 +104,9 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return self._fence.writing() if self._fence is not None else nullcontext()
 
     def _open(self) -> None:
         number = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -138,9 +150,15 @@ class Journal:
         with suppress(OSError):
             os.close(number)
 
-    def _failed(self, error: OSError) -> None:
-        if (trouble := error.strerror or str(error)) != self._trouble:
-            self._trouble = trouble
+    def _failed(self, error: OSError | MixerError) -> None:
+        is_lost = self._fence is not None and self._fence.is_lost
+        trouble = _LOST if is_lost else getattr(error, "strerror", None) or str(error)
+        if trouble == self._trouble:
+            return
+        self._trouble = trouble
+        if is_lost:
+            logger.warning("nothing is added to %s by this process any more: %s", self.path, error)
+        else:
             logger.warning(
                 "%s cannot be written: %s. The run goes on and its records are missing from the journal until it "
                 "can be: make room, or restore the folder.",

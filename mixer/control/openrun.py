@@ -1,13 +1,15 @@
 """OpenRun: what one process has open of a run. Who decides, what is written down, and who is told.
 
 Everything that a run's people may want to know passes through here, into the journal; and the tracker, which
-reads the journal, lives in this process. Only this process writes into the run folder (checkpoints apart).
+reads the journal, lives in this process. Only this process writes into the run folder (checkpoints apart), and all
+of it within the owner's fence: who was replaced writes nothing any more, whatever it is.
 """
 
 import contextlib
 import json
 import logging
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from mixer.control.controller import Controller, ControllerOptions
-from mixer.control.fence import write_whole
+from mixer.control.fence import read_owner, write_whole
 from mixer.control.journal import Journal, read_journal
 from mixer.control.measured import to_record
 from mixer.control.report import write_report
 from mixer.control.rundir import RunDir
 from mixer.control.tracker import Tracker, TrackerOptions, open_tracker
 from mixer.core.catalog import Catalog
-from mixer.core.errors import ScheduleError
+from mixer.core.errors import MixerError, ScheduleError
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Geometry
 from mixer.core.ports import Policy, State
@@ -52,17 +54,21 @@ class Charge:
     targets: tuple[str, ...] = ()
     config: str = ""
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
-    takeover: bool = False
+    holder: str = field(default_factory=lambda: uuid.uuid4().hex)  # who has the run, also when it is started again
+    takeover: int | None = None  # epoch of an owner that may be replaced though it seems to live
 
 
 class OpenRun:
     """One owner's hold on a run folder: `Controller`, journal and tracker together."""
 
     def __init__(self, charge: Charge, *, again: bool = False, where: Mapping[str, Any] | None = None) -> None:
-        """`again`: another process had the run until now, which may be cut off rather than dead: then the fence
-        stops it. `where` is written down for people's commands on a live run."""
+        """`again`: another process had the run under this charge until now, which may be cut off rather than dead: then
+        the fence stops it. `where` is written down for people's commands on a live run."""
         self._charge = charge
-        self._rundir = RunDir(charge.folder, takeover=charge.takeover or again)
+        takeover = charge.takeover
+        if again and (before := read_owner(charge.folder)) and before.holder == charge.holder:
+            takeover = before.epoch
+        self._rundir = RunDir(charge.folder, holder=charge.holder, takeover=takeover)
         try:
             self._controller: Controller | None = None
             if charge.policy is not None:
@@ -80,16 +86,16 @@ class OpenRun:
                 )
             else:
                 self._rundir.schedule.check_resume(charge.catalog, charge.geometry)
-            self._journal = Journal(charge.folder / "journal.jsonl")
+            self._journal = Journal(charge.folder / "journal.jsonl", self._rundir.fence)
             self._last: dict[str, dict[str, Any]] = {}
             self._begun = False  # whether workers were started since the driver was
             self._ending = ""
             for _, record in read_journal(charge.folder / "journal.jsonl"):
                 self._keep(record)
             if where is not None:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError), self._rundir.fence.writing():
                     write_whole(charge.folder / "live.json", (json.dumps(where) + "\n").encode())
-            self._tracker: Tracker = open_tracker(charge.tracker, charge.folder, self.schedule)
+            self._tracker: Tracker = open_tracker(charge.tracker, charge.folder, self.schedule, self._rundir.fence)
             if again:
                 self.note([{"kind": "event", "what": "restart", "text": "the controller"}])
         except BaseException:
@@ -167,13 +173,16 @@ class OpenRun:
         self._journal.close()
         try:
             if report:
-                write_report(self._charge.folder)
+                self._rundir.fence.check()
+                write_report(self._charge.folder, fence=self._rundir.fence)
+        except ScheduleError as error:
+            logger.warning("the report of %s was not written: %s", self._charge.folder, error)
         except Exception:
             logger.warning("the report of %s was not written; `mixer report` tries again", self._charge.folder,
                            exc_info=True)  # fmt: skip
         self._tracker.close(patience_s)
         behind = self._tracker.behind
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, MixerError), self._rundir.fence.writing():
             (self._charge.folder / "live.json").unlink(missing_ok=True)
         self._rundir.close()
         return behind

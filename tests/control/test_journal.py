@@ -10,8 +10,10 @@ import time
 import numpy as np
 import pytest
 
+from mixer.control.fence import Fence
 from mixer.control.journal import Journal, read_journal
 from mixer.core.catalog import Catalog, Domain
+from mixer.core.errors import ScheduleError
 from mixer.core.schedule import pack_d, unpack_d
 
 
@@ -315,3 +317,47 @@ def test_a_hundred_thousand_records_are_opened_and_read_in_seconds(path):
     assert sum(1 for _ in read_journal(path)) == 100_001
     read = time.thread_time() - begin
     assert opened < 2 and read < 4, (opened, read)
+
+
+def test_a_process_that_was_replaced_adds_nothing_says_so_once_and_cuts_nothing(path, caplog):
+    old = Fence(path.parent)
+    with Journal(path, old) as journal:
+        assert journal.append(window(0))
+        new = Fence(path.parent, takeover=old.owner.epoch)
+        with Journal(path, new) as other:
+            assert other.append(window(1))
+        whole = path.read_bytes()
+        path.write_bytes(whole + b'{"kind":"win')  # which the new owner may be writing
+        assert not journal.append(window(2)) and not journal.append(event("late"))
+        assert path.read_bytes() == whole + b'{"kind":"win'
+        assert len(warnings(caplog)) == 1 and "taken over by pid" in warnings(caplog)[0]
+        assert journal.lost == 2
+    Journal(path, old).close()  # nor by opening it, where a torn line is dropped
+    assert path.read_bytes() == whole + b'{"kind":"win'
+    old.close()
+    new.close()
+
+
+def test_threads_that_write_under_one_fence_do_not_let_each_other_out_of_it(tmp_path):
+    fence = Fence(tmp_path)
+    inside: list[int] = []
+    most: list[int] = []
+
+    def write() -> None:
+        for _ in range(50):
+            with fence.writing():
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0)
+                inside.pop()
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
+    fence.close()
+    assert fence.is_lost
+    with pytest.raises(ScheduleError, match="let go"):
+        fence.check()
