@@ -8,6 +8,10 @@ Events are always kept. Numbers that are not finite are null.
 One process appends, within the owner's fence; any may read while it does. A record is one write of a whole line.
 Nothing here raises for the sake of a file, since training never stops for bookkeeping: a disk that is full or gone
 costs the records of that time and one warning, and never leaves half a line between whole ones.
+
+What is newest is read from the end, as far as TAIL_BYTES and TAIL_LINES, so that a long run is opened as fast as a
+short one. What is rarer than that (an evaluation before the first window) is not found; nobody then misses more than
+to be told of it, and readers leave out what was written twice.
 """
 
 import errno
@@ -31,8 +35,14 @@ from mixer.core.errors import MixerError
 logger = logging.getLogger(__name__)
 
 ONCE = frozenset({"window", "policy", "evaluation"})  # kinds of which a window has one record
+KINDS = ONCE | {"event"}
+TAIL_BYTES, TAIL_LINES = 1 << 17, 64  # no more is read from the end than what reaches both
+# How a run ended, as its events say, with the word that MLflow has for it; what is in GOES_ON takes an end back.
+ENDINGS = {"finished": "FINISHED", "stopped": "KILLED", "bad_loss": "FAILED", "failed": "FAILED"}
+GOES_ON = ("begun", "resumed")
 _HEAD = re.compile(rb'\{"kind":"(\w+)","window":(\d+)[,}]')  # how `append` begins a record of those kinds
 _BLOCK_BYTES = 1 << 20
+_BACK_BYTES = 1 << 15
 _LOST = "the run belongs to another process"
 
 
@@ -196,6 +206,13 @@ def read_journal(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, An
                 yield offset, record
 
 
+def read_back(path: Path) -> Iterator[dict[str, Any]]:
+    """The newest records of a journal, the last one first; what cannot be understood is left out."""
+    for _, line in _lines_back(path):
+        with suppress(ValueError):
+            yield _record(line)
+
+
 def _record(line: bytes) -> dict[str, Any]:
     record = json.loads(line)  # text that is not UTF-8 is a ValueError too
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
@@ -209,24 +226,46 @@ def _record(line: bytes) -> dict[str, Any]:
 
 def _scan(path: Path) -> tuple[int, dict[str, int]]:
     """The size of all whole lines, and the newest window of each kind, without decoding what is long in a record."""
-    once = Once()
-    size = 0
-    with path.open("rb", buffering=_BLOCK_BYTES) as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            size += len(line)
-            record: dict[str, Any]
-            if head := _HEAD.match(line):
-                record = {"kind": head[1].decode(), "window": int(head[2])}
-            else:
-                try:
-                    record = _record(line)
-                except ValueError:
-                    continue  # whoever reads the journal is told
-            if not once.is_known(record):
-                once.note(record)
-    return size, once.last
+    size, last = 0, dict[str, int]()
+    for end, line in _lines_back(path):
+        size = max(size, end)
+        if head := _HEAD.match(line):
+            kind, window = head[1].decode(), int(head[2])
+        else:
+            try:
+                record = _record(line)
+            except ValueError:
+                continue  # whoever reads the journal is told
+            kind, window = record["kind"], record.get("window")
+        if kind in ONCE:
+            last[kind] = max(window, last.get(kind, window))
+        if last.keys() == ONCE:
+            break
+    return size, last
+
+
+def _lines_back(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, the last one first, each with the byte offset after it; at least as many as the TAIL says."""
+    with path.open("rb", buffering=0) as file:
+        size = begin = file.seek(0, os.SEEK_END)
+        held, step, given = b"", _BACK_BYTES, 0  # held: what was read and not handed out, from `begin` on
+        while begin > 0 and not (size - begin >= TAIL_BYTES and given >= TAIL_LINES):
+            length = min(step, begin)
+            begin -= length
+            file.seek(begin)
+            held = file.read(length) + held
+            cut = held.find(b"\n") + 1 if begin else 0  # where the first line begins that is held whole
+            whole, held = (held[cut:], held[:cut]) if cut or not begin else (b"", held)
+            if not whole:
+                step *= 2  # in the middle of a long line
+                continue
+            end = begin + cut + len(whole)
+            *lines, torn = whole.split(b"\n")
+            end -= len(torn)
+            for line in reversed(lines):
+                yield end, line + b"\n"
+                end -= len(line) + 1
+                given += 1
 
 
 def _lines_before(path: Path, offset: int) -> int:

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from mixer.control.controller import Controller, ControllerOptions
 from mixer.control.fence import read_owner, write_whole
-from mixer.control.journal import Journal, read_journal
+from mixer.control.journal import ENDINGS, GOES_ON, KINDS, Journal, read_back
 from mixer.control.measured import to_record
 from mixer.control.report import write_report
 from mixer.control.rundir import RunDir
@@ -35,8 +35,6 @@ from mixer.core.schedule import MixtureSchedule
 from mixer.core.signal import Signal
 
 logger = logging.getLogger(__name__)
-
-ENDINGS = ("finished", "stopped", "bad_loss")  # events by which the workers say how they ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +54,52 @@ class Charge:
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
     holder: str = field(default_factory=lambda: uuid.uuid4().hex)  # who has the run, also when it is started again
     takeover: int | None = None  # epoch of an owner that may be replaced though it seems to live
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What matters of a journal as far as it goes."""
+
+    last: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # newest record of each kind
+    working: bool = False  # whether workers were started since the driver was
+    ending: str = ""  # how the run ended, unless it goes on
+
+    def after(self, record: dict[str, Any]) -> "Heard":
+        working, ending = _working(record), _ending(record)
+        return Heard(
+            {**self.last, record["kind"]: record} if record["kind"] in KINDS else self.last,
+            self.working if working is None else working,
+            self.ending if ending is None else ending,
+        )
+
+    @classmethod
+    def of(cls, newest_first: Iterable[dict[str, Any]]) -> "Heard":
+        """The same as `after` of all records one after the other, from as few of the newest as tell it."""
+        last: dict[str, dict[str, Any]] = {}
+        working: bool | None = None
+        ending: str | None = None
+        for record in newest_first:
+            if record["kind"] in KINDS:
+                last.setdefault(record["kind"], record)
+            working = _working(record) if working is None else working
+            ending = _ending(record) if ending is None else ending
+            if working is not None and ending is not None and last.keys() == KINDS:
+                break
+        return cls(last, bool(working), ending or "")
+
+
+def _working(record: Mapping[str, Any]) -> bool | None:
+    """None where a record does not tell."""
+    if record["kind"] == "event" and record.get("what") in ("begun", "workers"):
+        return record["what"] == "workers"
+    return True if record["kind"] == "window" else None  # workers have reported it
+
+
+def _ending(record: Mapping[str, Any]) -> str | None:
+    """None where a record does not tell; what trains has not ended."""
+    if record["kind"] == "event" and record.get("what") in (*ENDINGS, *GOES_ON):
+        return record["what"] if record["what"] in ENDINGS else ""
+    return "" if record["kind"] == "window" else None
 
 
 class OpenRun:
@@ -87,11 +131,7 @@ class OpenRun:
             else:
                 self._rundir.schedule.check_resume(charge.catalog, charge.geometry)
             self._journal = Journal(charge.folder / "journal.jsonl", self._rundir.fence)
-            self._last: dict[str, dict[str, Any]] = {}
-            self._begun = False  # whether workers were started since the driver was
-            self._ending = ""
-            for _, record in read_journal(charge.folder / "journal.jsonl"):
-                self._keep(record)
+            self._heard = Heard.of(read_back(self._journal.path))
             if where is not None:
                 with contextlib.suppress(OSError), self._rundir.fence.writing():
                     write_whole(charge.folder / "live.json", (json.dumps(where) + "\n").encode())
@@ -130,22 +170,14 @@ class OpenRun:
             self.note([{"kind": "policy", "window": signal.window, "values": values}] if values else [])
         return following
 
-    def _keep(self, record: dict[str, Any]) -> None:
-        self._last[record["kind"]] = record
-        what = record["what"] if record["kind"] == "event" else ""
-        if what in ("begun", "workers"):
-            self._begun = what == "workers"
-        if what in ENDINGS:
-            self._ending = what
-
     def note(self, records: list[Mapping[str, Any]]) -> None:
         for record in records:
             whole = {"time": time.time(), **record}
             if whole["kind"] == "event":
-                again = whole["what"] == "workers" and self._begun
+                again = whole["what"] == "workers" and self._heard.working
                 whole = {"window": None, "steps": None, **whole} | ({"what": "restart"} if again else {})
             if self._journal.append(whole):
-                self._keep(whole)
+                self._heard = self._heard.after(whole)
         if records:
             self._tracker.wake()
 
@@ -162,8 +194,8 @@ class OpenRun:
             "planned_windows": self._charge.planned_windows,
             "decided": len(self.schedule),
             "weights": dict(zip(last.catalog.names, last.weights_d.tolist(), strict=True)) if last else {},
-            "last": dict(self._last),
-            "ending": self._ending,
+            "last": dict(self._heard.last),
+            "ending": self._heard.ending,
             "counts": dict(self._controller.counts) if self._controller is not None else {},
             "behind": self._tracker.behind,
         }
