@@ -5,6 +5,7 @@ checkpoints, in a folder that reports, replays, forks and `mixer train` itself r
 `WindowReader`. What is missing is what only a cluster has: several workers, and somebody who starts them again.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,7 @@ def run_alone(
     )
     run = OpenRun(make_charge(absolute, rows))
     try:
+        run.note([{"kind": "event", "what": "begun", "text": f"alone in process {os.getpid()}"}])
         desk = _Desk(run, stop, on_record)
         parts = make_parts(Job(absolute, rows, desk, None, plan_length(config, rows.catalog)), desk)
 
@@ -83,5 +85,8 @@ def run_alone(
             return iter(reader)
 
         return loop.train_here(replace(parts, batches=batches))
+    except Exception as error:
+        run.note([{"kind": "event", "what": "failed", "text": str(error) or repr(error)}])
+        raise
     finally:
         run.close(patience_s, report=report)

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from mixer.data.corpus import CatalogRows
 from mixer.run import Job, RunConfig, RunOptions, make_charge, make_trainer, older_rows, plan_length, require_same, work
 
 PATIENCE_S = 30.0  # for the tracker at the end
+LAST_WORDS_S = 20.0  # for a controller that is being restarted, when the run fails
 Status = dict[str, Any]
 
 
@@ -122,10 +124,24 @@ def fit(
             ending = status["ending"]
             behind = client.call("close", PATIENCE_S)
             return Finish(ending, status, behind)
+        except BaseException as error:
+            _tell_end(client, error)
+            raise
         finally:
             with suppress(Exception):
-                client.call("close", 0.0)
+                client.call("close", 0.0, deadline=time.monotonic() + LAST_WORDS_S)
                 ray.kill(actor)
+
+
+def _tell_end(client: ControllerClient, error: BaseException) -> None:
+    """What a run failed of, or that somebody gave it up, is in its journal and told to the tracker, if they can be
+    reached."""
+    given_up = not isinstance(error, Exception)  # a second Ctrl-C: nothing is waited for
+    what, text = ("stopped", "given up at once") if given_up else ("failed", str(error) or repr(error))
+    with suppress(Exception):
+        record = {"kind": "event", "what": what, "text": text}
+        client.call("note", [record], deadline=time.monotonic() + LAST_WORDS_S)
+        client.call("close", 0.0 if given_up else PATIENCE_S, deadline=time.monotonic() + LAST_WORDS_S)
 
 
 def _run(

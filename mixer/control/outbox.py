@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mixer.control.fence import Fence, write_whole
-from mixer.control.journal import Once, read_journal
+from mixer.control.journal import ENDINGS, GOES_ON, Once, read_journal
 from mixer.control.metrics import Measures, Metric
 from mixer.core.errors import MixerError
 from mixer.core.schedule import MixtureSchedule
@@ -30,14 +30,8 @@ FORMAT = 1
 BATCH_METRICS = 1000  # a batch is complete with the record that reaches one of these
 BATCH_RECORDS = 200
 _BLOCK_BYTES = 1 << 20
-# What an event says about the run as a whole; other events say nothing about it.
-STATUS = {
-    "begun": "RUNNING",
-    "resumed": "RUNNING",
-    "finished": "FINISHED",
-    "stopped": "KILLED",
-    "failed": "FAILED",
-}
+# What an event says about the run as a whole, in MLflow's words; other events say nothing about it.
+STATUS = ENDINGS | dict.fromkeys(GOES_ON, "RUNNING")
 
 
 @dataclass(slots=True)

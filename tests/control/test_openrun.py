@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from mixer.control.fence import epoch_to_replace, read_owner
-from mixer.control.journal import read_journal
+from mixer.control.journal import ENDINGS, read_journal
 from mixer.control.openrun import OpenRun
+from mixer.control.record import read_record
 from mixer.core.errors import ResumeError, ScheduleError
 from tests.control.making import bytes_of, make_charge, signals, window_record
 
@@ -136,3 +137,25 @@ def test_a_takeover_is_refused_where_the_owner_can_be_reached(tmp_path, monkeypa
     assert epoch_to_replace(tmp_path) == 2  # held from elsewhere
     new.close(0.0, report=False)
     assert epoch_to_replace(tmp_path) is None
+
+
+# ---- how it ended -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_how_a_run_ended_is_known_until_it_goes_on(tmp_path, ending):
+    charge = make_charge(tmp_path)
+    run = OpenRun(charge)
+    run.note([event("begun"), event("workers")])
+    report(run, 0, 2)
+    assert run.status()["ending"] == ""
+    run.note([event(ending)])
+    run.close(0.0, report=False)
+    run = OpenRun(charge, again=True)  # its controller was lost at the very end
+    assert run.status()["ending"] == read_record(tmp_path).status == ending
+    run.note([event("begun")])
+    assert run.status()["ending"] == ""
+    assert read_record(tmp_path).end is None
+    run.note([event("workers")])  # of a driver that was started again: no restart
+    assert [record["what"] for record in records(tmp_path)[-3:]] == ["restart", "begun", "workers"]
+    run.close(0.0, report=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mixer.control.record import read_record
 from mixer.control.rundir import load_schedule
 from mixer.core.errors import DataError, ResumeError
 from mixer.launch import fit, live
@@ -114,8 +115,12 @@ def test_a_shard_that_goes_bad_stops_the_run_and_restored_it_ends_the_same(texts
     print(caught.value)
     assert shard.name in str(caught.value)
     assert "Traceback" not in str(caught.value)
+    end = read_record(tmp_path / "run").end
+    assert end is not None
+    assert (end["what"], end["text"]) == ("failed", str(caught.value))
     shard.write_bytes(kept)
     assert fit(config, open_rows(config), work=work_with()).ending == "finished"
+    assert read_record(tmp_path / "run").status == "finished"
     Outcome.of(config).require_same(undisturbed)
 
 
