@@ -208,9 +208,10 @@ def read_journal(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, An
 
 def read_back(path: Path) -> Iterator[dict[str, Any]]:
     """The newest records of a journal, the last one first; what cannot be understood is left out."""
-    for _, line in _lines_back(path):
-        with suppress(ValueError):
-            yield _record(line)
+    with suppress(FileNotFoundError):
+        for _, line in _lines_back(path):
+            with suppress(ValueError):
+                yield _record(line)
 
 
 def _record(line: bytes) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mixer.control.controller import Controller, ControllerOptions
+from mixer.control.controller import FORK, Controller, ControllerOptions
 from mixer.control.fence import read_owner, write_whole
 from mixer.control.journal import ENDINGS, GOES_ON, KINDS, Journal, read_back
 from mixer.control.measured import to_record
@@ -138,6 +138,8 @@ class OpenRun:
             self._tracker: Tracker = open_tracker(charge.tracker, charge.folder, self.schedule, self._rundir.fence)
             if again:
                 self.note([{"kind": "event", "what": "restart", "text": "the controller"}])
+            if self._controller is not None:
+                self._make_up(self._controller)
         except BaseException:
             self._rundir.close()
             raise
@@ -159,16 +161,43 @@ class OpenRun:
             following = self._controller.next_signal if not self._controller.is_complete else following
         if record:
             self.note([{**record, **to_record(signal, self.schedule.row(signal.window).catalog)}])
-        new = [self.schedule.row(k) for k in range(decided, len(self.schedule))]
-        told = [row for row in new if self._controller and row.reason not in ("policy", "prior")]
-        for row in told:
-            assert self._controller is not None
-            what, why = ("held", self._controller.trouble) if row.reason == "held" else ("order", row.reason)
-            self.note([{"kind": "event", "what": what, "text": why, "window": row.window}])
-        if new and self._controller is not None:
-            values = policy_values(self._controller.state, self.schedule.last_catalog)
-            self.note([{"kind": "policy", "window": signal.window, "values": values}] if values else [])
+        if self._controller is not None and (new := self._rows(decided)):
+            self._tell_rows(new, self._controller.trouble)
+            self._tell_policy(self._controller)
         return following
+
+    def _rows(self, begin: int) -> list[ScheduleRow]:
+        return [self.schedule.row(k) for k in range(begin, len(self.schedule))]
+
+    def _tell_rows(self, rows: Iterable[ScheduleRow], trouble: str) -> None:
+        """Those that the policy did not decide."""
+        for row in rows:
+            if what := _happening(row):
+                text = trouble if what == "held" else row.reason
+                self.note([{"kind": "event", "what": what, "text": text, "window": row.window}])
+
+    def _tell_policy(self, controller: Controller) -> None:
+        """Where it stands after the newest signal that was folded."""
+        last = self.schedule.last
+        if last and (values := policy_values(controller.state, last.catalog)):
+            self.note([{"kind": "policy", "window": last.signals_through, "values": values}])
+
+    def _make_up(self, controller: Controller) -> None:
+        """Tell what the process before this one was to tell of its last rows, if it was lost before it did."""
+        last, heard = self.schedule.last, self._heard.last
+        if last is None or last.signals_through < 0 or last.reason == FORK:
+            return
+        trained = heard["window"]["window"] if "window" in heard else -1
+        rows = self._rows(
+            max(trained + 1, last.window - controller.options.lag_windows)
+        )  # as many as one signal decides
+        if any(map(_happening, rows)):
+            told = {(record.get("what"), record.get("window")) for record in read_back(self._journal.path)}
+            missing = [row for row in rows if (_happening(row), row.window) not in told]
+            self._tell_rows(missing, "the controller was lost before it could say why")
+        known = heard["policy"]["window"] if "policy" in heard else -1
+        if last.signals_through > known and not self._rundir.lost_states:  # else the state is an older one
+            self._tell_policy(controller)
 
     def note(self, records: list[Mapping[str, Any]]) -> None:
         for record in records:
@@ -218,6 +247,11 @@ class OpenRun:
             (self._charge.folder / "live.json").unlink(missing_ok=True)
         self._rundir.close()
         return behind
+
+
+def _happening(row: ScheduleRow) -> str:
+    """The event that a row is, if the policy did not decide it."""
+    return "held" if row.reason == "held" else "order" if row.reason.startswith(("set:", "paused:")) else ""
 
 
 def policy_values(state: State, catalog: Catalog) -> dict[str, float]:

@@ -1,22 +1,26 @@
 """What one process has open of a run: who may write, what is remembered, what is told of how it ended."""
 
+import contextlib
 import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mixer.control.fence import epoch_to_replace, read_owner
-from mixer.control.journal import ENDINGS, read_journal
+from mixer.control.journal import ENDINGS, Journal, read_journal
 from mixer.control.openrun import OpenRun
 from mixer.control.record import read_record
 from mixer.core.errors import ResumeError, ScheduleError
-from tests.control.making import bytes_of, make_charge, signals, window_record
+from tests.control.making import CATALOG, PLANNED, bytes_of, make_charge, signals, window_record
+from tests.core.policies.making import make_signal
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,4 +162,82 @@ def test_how_a_run_ended_is_known_until_it_goes_on(tmp_path, ending):
     assert read_record(tmp_path).end is None
     run.note([event("workers")])  # of a driver that was started again: no restart
     assert [record["what"] for record in records(tmp_path)[-3:]] == ["restart", "begun", "workers"]
+    run.close(0.0, report=False)
+
+
+# ---- what a process was to tell of its rows when it was lost -----------------------------------------
+
+
+def drive(run: OpenRun) -> None:
+    """Report in order until everything is decided, as a loop does; window 4 cannot be true."""
+    while (window := run.status()["decided"] - 2) < PLANNED - 2:
+        signal = make_signal(CATALOG, 4, [1e6, 2.0, 2.0]) if window == 4 else signals()[window]
+        run.report(signal, window_record(window))
+
+
+def told(folder: Path) -> dict[str, list]:
+    """By kind; the why of a held row is lost with the process that held it."""
+    found = records(folder)
+    return {
+        "policy": [(one["window"], one["values"]) for one in found if one["kind"] == "policy"],
+        "rows": [(one["what"], one["window"]) for one in found if one.get("what") in ("held", "order")],
+        "windows": [one["window"] for one in found if one["kind"] == "window"],
+    }
+
+
+def killed_before(folder: Path, kind: str, window: int) -> None:
+    """Another process goes on with the run, and dies when it is about to note a record."""
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            append = Journal.append
+
+            def die(journal: Journal, record: Mapping[str, Any]) -> bool:
+                if record["kind"] == kind and record.get("window") == window:
+                    os._exit(9)
+                return append(journal, record)
+
+            Journal.append = die
+            run = OpenRun(make_charge(folder))
+            if not records(folder):
+                order(run)
+            drive(run)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def order(run: OpenRun) -> None:
+    run.decider.set_weights({"a": 0.5}, "try", window=4)
+    run.decider.pause_policy("look", window=8)
+
+
+def test_what_a_process_was_to_tell_of_its_rows_is_told_by_the_next_one(tmp_path):
+    run = OpenRun(make_charge(tmp_path / "whole"))
+    order(run)
+    drive(run)
+    run.close(0.0, report=False)
+    whole = told(tmp_path / "whole")
+    assert [window for window, _ in whole["policy"]] == list(range(PLANNED - 2))
+    assert whole["rows"] == [("order", 4), ("held", 6), *(("order", window) for window in range(8, PLANNED))]
+    folder = tmp_path / "killed"
+    places = [("window", 0), ("policy", 1), ("event", 4), ("policy", 2), ("event", 6), ("policy", 4), ("event", 8)]
+    places += [("window", 7), ("event", 10), ("policy", 9)]  # the last is that of the last row
+    for kind, window in places:
+        killed_before(folder, kind, window)
+    run = OpenRun(make_charge(folder))
+    drive(run)
+    run.close(0.0, report=False)
+    OpenRun(make_charge(folder)).close(0.0, report=False)  # all is told: nothing is added
+    found = told(folder)
+    assert found["policy"] == whole["policy"]
+    assert sorted(found["rows"]) == sorted(whole["rows"])
+    assert found["windows"] == [window for window in whole["windows"] if window not in (0, 7)]  # workers repeat those
+    assert (folder / "schedule.jsonl").read_bytes() == (tmp_path / "whole" / "schedule.jsonl").read_bytes()
+
+
+def test_a_policy_whose_newest_state_is_lost_is_not_told_with_an_older_one(tmp_path):
+    killed_before(tmp_path, "policy", 3)
+    (tmp_path / "policy" / "5.npz").write_bytes(b"")
+    run = OpenRun(make_charge(tmp_path))
+    assert [window for window, _ in told(tmp_path)["policy"]] == [0, 1, 2]
     run.close(0.0, report=False)
