@@ -13,6 +13,8 @@ from typing import Any
 
 from mixer.control.fence import require_free
 from mixer.control.openrun import OpenRun
+from mixer.control.replay import REPLAY
+from mixer.control.rundir import load_origin
 from mixer.core.errors import ScheduleError
 from mixer.core.plan import Cursor
 from mixer.core.row import ScheduleRow
@@ -66,13 +68,15 @@ def run_alone(
     folder = config.run.folder
     if folder.exists():
         require_free(folder)
+    follows = False
     if (folder / "schedule.jsonl").exists():
         require_same(config, folder)
+        follows = (load_origin(folder) or {}).get("kind") == REPLAY
     folder.mkdir(parents=True, exist_ok=True)
     absolute = replace(
         config, run=replace(config.run, path=str(Path(folder))), train=replace(config.train, num_workers=1)
     )
-    run = OpenRun(make_charge(absolute, rows))
+    run = OpenRun(make_charge(absolute, rows, follows=follows))
     try:
         run.note([{"kind": "event", "what": "begun", "text": f"alone in process {os.getpid()}"}])
         desk = _Desk(run, stop, on_record)

@@ -99,12 +99,17 @@ class ControllerActor:
 
     async def _in_thread(self, call: Any, *args: Any) -> Any:
         """What writes to disk must not hold up those who wait for rows."""
-        run = await asyncio.to_thread(self._opened)
+        run = await self._open_run()
         before = len(run.schedule)
-        answer = await asyncio.to_thread(call, run, *args)
-        if len(run.schedule) != before:
-            self._wake()
-        return answer
+        try:
+            return await asyncio.to_thread(call, run, *args)
+        finally:
+            if len(run.schedule) != before:
+                self._wake()
+
+    async def _open_run(self) -> "OpenRun":
+        """At once where it is open: who asks for rows that exist waits for no write and for no free thread."""
+        return self._run or await asyncio.to_thread(self._opened)
 
     def _wake(self) -> None:
         event, self._changed = self._changed, asyncio.Event()
@@ -115,7 +120,7 @@ class ControllerActor:
 
     async def rows(self, window: int) -> list[tuple[Any, ...]]:
         """The rows from `window` on, as many as exist; none if it does not exist within WAIT_S."""
-        run = await asyncio.to_thread(self._opened)
+        run = await self._open_run()
         deadline = time.monotonic() + WAIT_S
         while run.row_or_none(window) is None:
             left = deadline - time.monotonic()
@@ -127,7 +132,7 @@ class ControllerActor:
         return [to_plain(run.schedule.row(k)) for k in range(window, last)]
 
     async def catalog(self, fingerprint: str) -> Catalog:
-        run = await asyncio.to_thread(self._opened)
+        run = await self._open_run()
         schedule = run.schedule
         for end in [len(schedule), *reversed(schedule.switches)]:  # the last row of each stretch under one catalog
             if end and (catalog := schedule.row(end - 1).catalog).fingerprint == fingerprint:
@@ -165,7 +170,7 @@ class ControllerActor:
         return self._failure
 
     async def status(self) -> dict[str, Any]:
-        run = await asyncio.to_thread(self._opened)
+        run = await self._open_run()
         return run.status() | {"failure": self._failure, "stop": self._stop}
 
     async def close(self, patience_s: float) -> int:

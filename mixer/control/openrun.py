@@ -188,9 +188,8 @@ class OpenRun:
         if last is None or last.signals_through < 0 or last.reason == FORK:
             return
         trained = heard["window"]["window"] if "window" in heard else -1
-        rows = self._rows(
-            max(trained + 1, last.window - controller.options.lag_windows)
-        )  # as many as one signal decides
+        one_call = last.window - controller.options.lag_windows  # at most so many rows are decided at once
+        rows = self._rows(max(trained + 1, one_call))
         if any(map(_happening, rows)):
             told = {(record.get("what"), record.get("window")) for record in read_back(self._journal.path)}
             missing = [row for row in rows if (_happening(row), row.window) not in told]
