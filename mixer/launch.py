@@ -41,10 +41,17 @@ def live(folder: Path, address: str | None = None) -> Iterator[ControllerClient]
     """The controller of a run that is going on, wherever it runs."""
     try:
         where = json.loads((folder / "live.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        actor, address = where["actor"], address or where["address"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScheduleError(f"{folder} is not being run: there is no live.json to be read. Start the run.") from error
-    with ray_for(RunOptions(path=str(folder), address=address or where["address"])):
-        yield ControllerClient(find_actor(folder), patience_s=10.0)
+    with ray_for(RunOptions(path=str(folder), address=address)):
+        yield ControllerClient(find_actor(actor), patience_s=10.0)
+
+
+def order(folder: Path, address: str | None, method: str, *args: Any) -> int:
+    """Give an order to a run that is going on; the window it is bound to."""
+    with live(folder, address) as run:
+        return run.call(method, *args)
 
 
 @dataclass(frozen=True, slots=True)

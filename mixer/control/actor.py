@@ -60,11 +60,12 @@ def start_actor(charge: Charge) -> Any:
     return actor
 
 
-def find_actor(folder: Path) -> Any:
+def find_actor(name: str) -> Any:
+    """By the name that the actor wrote into the live.json of its run."""
     try:
-        return ray.get_actor(actor_name(folder), namespace=NAMESPACE)
+        return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError as error:
-        raise ScheduleError(f"{folder} is not being run on this cluster. Name another run or address.") from error
+        raise ScheduleError(f"nobody called {name!r} is on this cluster. Name another run or address.") from error
 
 
 class ControllerActor:
