@@ -230,16 +230,16 @@ def _scan(path: Path) -> tuple[int, dict[str, int]]:
     size, last = 0, dict[str, int]()
     for end, line in _lines_back(path):
         size = max(size, end)
+        record: dict[str, Any]
         if head := _HEAD.match(line):
-            kind, window = head[1].decode(), int(head[2])
+            record = {"kind": head[1].decode(), "window": int(head[2])}
         else:
             try:
                 record = _record(line)
             except ValueError:
                 continue  # whoever reads the journal is told
-            kind, window = record["kind"], record.get("window")
-        if kind in ONCE:
-            last[kind] = max(window, last.get(kind, window))
+        if (kind := record["kind"]) in ONCE:
+            last[kind] = max(record["window"], last.get(kind, record["window"]))
         if last.keys() == ONCE:
             break
     return size, last
