@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from mixer.core.errors import DataError
-from mixer.launch import PATIENCE_S, _run, _tell_end
+from jobs import train
+from mixer.control.rundir import RunDir
+from mixer.core.errors import DataError, ResumeError
+from mixer.launch import PATIENCE_S, _run, _tell_end, fit
 
 
 class Forgetful:
@@ -83,3 +85,20 @@ def test_what_a_run_failed_of_is_told_before_it_is_closed(error, told, patience_
         ("note", [{"kind": "event", "what": told[0], "text": told[1]}]),
         ("close", patience_s),
     ]
+
+
+def test_a_takeover_is_what_the_command_asks_for_and_never_of_an_owner_on_this_machine(tmp_path, monkeypatch):
+    asked: list[bool] = []
+
+    def refused(config, rows, *, on_status, takeover):
+        asked.append(takeover)
+        return fit(config, rows, on_status=on_status, takeover=takeover)
+
+    monkeypatch.setattr(train, "open_rows", lambda config: None)
+    monkeypatch.setattr(train, "fit", refused)
+    with RunDir(tmp_path / "run"):
+        with pytest.raises(ResumeError, match=r"lives on this machine.*stop process \d+ and start the run again"):
+            train.main([f"run.path={tmp_path / 'run'}", "--takeover"])
+        with pytest.raises(ResumeError, match=r"belongs to pid \d+ .*`mixer train --takeover` goes on without it"):
+            train.main([f"run.path={tmp_path / 'run'}"])
+    assert asked == [True, False]
