@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from mixer import cli
-from mixer.launch import live
+from mixer.launch import order
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="mixer pause-policy", description=__doc__)
+def parser(verb: str = "pause-policy", doc: str | None = __doc__) -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog=f"mixer {verb}", description=doc)
     top.add_argument("run", type=Path, help="the run's folder")
     top.add_argument("--why", default=f"by {getpass.getuser()}", help="kept in the schedule")
     top.add_argument("--window", type=int, help="one that nobody has decided; by default the next")
@@ -20,8 +20,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    with live(args.run.absolute(), args.address) as run:
-        window = run.call("pause_policy", args.why, args.window)
+    window = order(args.run, args.address, "pause_policy", args.why, args.window)
     print(f"the policy is paused from window {window}")
     return 0
 

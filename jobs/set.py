@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mixer import cli
 from mixer.core.errors import ConfigError
-from mixer.launch import live
+from mixer.launch import order
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,9 +24,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     weights = dict(map(_weight, args.weights))
-    with live(args.run.absolute(), args.address) as run:
-        window = run.call("set_weights", weights, args.why, args.window, args.hold)
-    print(f"bound to window {window}" + ("; the policy is paused behind it" if args.hold else ""))
+    window = order(args.run, args.address, "set_weights", weights, args.why, args.window, args.hold)
+    print(f"ordered for window {window}" + ("; the policy is paused behind it" if args.hold else ""))
+    print(f"guard rails may move it; once decided: mixer show schedule {args.run} --windows {window}")
     return 0
 
 

@@ -23,6 +23,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--prepare", action="store_true", help="first make the corpora of section `prepare`, or complete them"
     )
+    top.add_argument(
+        "--takeover",
+        action="store_true",
+        help="go on with a run whose owner is on a machine that nobody can reach any more, and still holds the "
+        "run's lock on a shared file system; if it wakes up, it writes nothing more. An owner on this machine is never "
+        "replaced: stop it",
+    )
     return top
 
 
@@ -32,15 +39,15 @@ def main(argv: list[str] | None = None) -> int:
         prepare.main(args.config)
     files = [one for one in args.config if "=" not in one]
     config = load(RunConfig, files, [one for one in args.config if "=" in one])
-    return to_the_end(config, open_rows(config))
+    return to_the_end(config, open_rows(config), takeover=args.takeover)
 
 
-def to_the_end(config: RunConfig, rows: CatalogRows) -> int:
+def to_the_end(config: RunConfig, rows: CatalogRows, *, takeover: bool = False) -> int:
     """Train, and tell of it; the exit status."""
     lines = Lines()
     print(f"run {config.run.folder}", flush=True)
     try:
-        finish = fit(config, rows, on_status=lines, say=lines.say)
+        finish = fit(config, rows, on_status=lines, say=lines.say, takeover=takeover)
     finally:
         lines.close()
     print(closing(config, finish))

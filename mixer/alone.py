@@ -5,6 +5,7 @@ checkpoints, in a folder that reports, replays, forks and `mixer train` itself r
 `WindowReader`. What is missing is what only a cluster has: several workers, and somebody who starts them again.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from mixer.control.fence import require_free
 from mixer.control.openrun import OpenRun
+from mixer.control.replay import REPLAY
+from mixer.control.rundir import load_origin
 from mixer.core.errors import ScheduleError
 from mixer.core.plan import Cursor
 from mixer.core.row import ScheduleRow
@@ -65,14 +68,17 @@ def run_alone(
     folder = config.run.folder
     if folder.exists():
         require_free(folder)
+    follows = False
     if (folder / "schedule.jsonl").exists():
         require_same(config, folder)
+        follows = (load_origin(folder) or {}).get("kind") == REPLAY
     folder.mkdir(parents=True, exist_ok=True)
     absolute = replace(
         config, run=replace(config.run, path=str(Path(folder))), train=replace(config.train, num_workers=1)
     )
-    run = OpenRun(make_charge(absolute, rows))
+    run = OpenRun(make_charge(absolute, rows, follows=follows))
     try:
+        run.note([{"kind": "event", "what": "begun", "text": f"alone in process {os.getpid()}"}])
         desk = _Desk(run, stop, on_record)
         parts = make_parts(Job(absolute, rows, desk, None, plan_length(config, rows.catalog)), desk)
 
@@ -83,5 +89,8 @@ def run_alone(
             return iter(reader)
 
         return loop.train_here(replace(parts, batches=batches))
+    except Exception as error:
+        run.note([{"kind": "event", "what": "failed", "text": str(error) or repr(error)}])
+        raise
     finally:
         run.close(patience_s, report=report)

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import ray
 from mixer.control.actor import NAMESPACE, find_actor, start_actor
 from mixer.control.client import ControllerClient
 from mixer.control.doorway import cluster_inside
-from mixer.control.fence import require_free
+from mixer.control.fence import epoch_to_replace, require_free
 from mixer.control.replay import REPLAY
 from mixer.control.rundir import load_origin, load_schedule
 from mixer.core import errors
@@ -31,6 +32,7 @@ from mixer.data.corpus import CatalogRows
 from mixer.run import Job, RunConfig, RunOptions, make_charge, make_trainer, older_rows, plan_length, require_same, work
 
 PATIENCE_S = 30.0  # for the tracker at the end
+LAST_WORDS_S = 20.0  # for a controller that is being restarted, when the run fails
 Status = dict[str, Any]
 
 
@@ -39,10 +41,17 @@ def live(folder: Path, address: str | None = None) -> Iterator[ControllerClient]
     """The controller of a run that is going on, wherever it runs."""
     try:
         where = json.loads((folder / "live.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        actor, address = where["actor"], address or where["address"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScheduleError(f"{folder} is not being run: there is no live.json to be read. Start the run.") from error
-    with ray_for(RunOptions(path=str(folder), address=address or where["address"])):
-        yield ControllerClient(find_actor(folder), patience_s=10.0)
+    with ray_for(RunOptions(path=str(folder), address=address)):
+        yield ControllerClient(find_actor(actor), patience_s=10.0)
+
+
+def order(folder: Path, address: str | None, method: str, *args: Any) -> int:
+    """Give an order to a run that is going on; the window it is bound to."""
+    with live(folder, address) as run:
+        return run.call(method, *args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +98,16 @@ def fit(
     on_status: Callable[[Status], None] = lambda status: None,
     say: Callable[[str], None] = lambda text: None,
     every_s: float = 0.5,
+    takeover: bool = False,
 ) -> Finish:
     """Begin the run, or go on with it, until it ends; `work` is what every worker does. A folder that was made to
-    repeat a schedule repeats it. `on_status` is told the run's status again and again, `say` what a signal brings."""
+    repeat a schedule repeats it. `on_status` is told the run's status again and again, `say` what a signal brings. With
+    `takeover` a run is gone on with whose owner cannot be reached."""
     folder = config.run.folder
-    if folder.exists():
+    replaced: int | None = None
+    if takeover:
+        replaced = epoch_to_replace(folder)
+    elif folder.exists():
         require_free(folder)
     followed: MixtureSchedule | None = None
     if (folder / "schedule.jsonl").exists():
@@ -102,7 +116,7 @@ def fit(
             followed = load_schedule(folder)
             followed.check_resume(rows.catalog, config.geometry)
     planned = plan_length(config, rows.catalog)
-    charge = make_charge(config, rows, follows=followed is not None)
+    charge = replace(make_charge(config, rows, follows=followed is not None), takeover=replaced)
     older = older_rows(followed, rows) if followed else ()
     folder.mkdir(parents=True, exist_ok=True)
     with ray_for(config.run):
@@ -119,10 +133,24 @@ def fit(
             ending = status["ending"]
             behind = client.call("close", PATIENCE_S)
             return Finish(ending, status, behind)
+        except BaseException as error:
+            _tell_end(client, error)
+            raise
         finally:
             with suppress(Exception):
-                client.call("close", 0.0)
+                client.call("close", 0.0, deadline=time.monotonic() + LAST_WORDS_S)
                 ray.kill(actor)
+
+
+def _tell_end(client: ControllerClient, error: BaseException) -> None:
+    """What a run failed of, or that somebody gave it up, is in its journal and told to the tracker, if they can be
+    reached."""
+    given_up = not isinstance(error, Exception)  # a second Ctrl-C: nothing is waited for
+    what, text = ("stopped", "given up at once") if given_up else ("failed", str(error) or repr(error))
+    with suppress(Exception):
+        record = {"kind": "event", "what": what, "text": text}
+        client.call("note", [record], deadline=time.monotonic() + LAST_WORDS_S)
+        client.call("close", 0.0 if given_up else PATIENCE_S, deadline=time.monotonic() + LAST_WORDS_S)
 
 
 def _run(

@@ -61,11 +61,12 @@ def start_actor(charge: Charge) -> Any:
     return actor
 
 
-def find_actor(folder: Path) -> Any:
+def find_actor(name: str) -> Any:
+    """By the name that the actor wrote into the live.json of its run."""
     try:
-        return ray.get_actor(actor_name(folder), namespace=NAMESPACE)
+        return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError as error:
-        raise ScheduleError(f"{folder} is not being run on this cluster. Name another run or address.") from error
+        raise ScheduleError(f"nobody called {name!r} is on this cluster. Name another run or address.") from error
 
 
 class ControllerActor:
@@ -100,12 +101,17 @@ class ControllerActor:
 
     async def _in_thread(self, call: Any, *args: Any) -> Any:
         """What writes to disk must not hold up those who wait for rows."""
-        run = await asyncio.to_thread(self._opened)
+        run = await self._open_run()
         before = len(run.schedule)
-        answer = await asyncio.to_thread(call, run, *args)
-        if len(run.schedule) != before:
-            self._wake()
-        return answer
+        try:
+            return await asyncio.to_thread(call, run, *args)
+        finally:
+            if len(run.schedule) != before:
+                self._wake()
+
+    async def _open_run(self) -> "OpenRun":
+        """At once where it is open: who asks for rows that exist waits for no write and for no free thread."""
+        return self._run or await asyncio.to_thread(self._opened)
 
     def _wake(self) -> None:
         event, self._changed = self._changed, asyncio.Event()
@@ -117,7 +123,7 @@ class ControllerActor:
     async def rows(self, window: int) -> list[tuple[Any, ...]]:
         """The rows from `window` on, as many as exist; none if it does not exist within WAIT_S. Raises the error that
         the run fails with."""
-        run = await asyncio.to_thread(self._opened)
+        run = await self._open_run()
         deadline = time.monotonic() + WAIT_S
         while run.row_or_none(window) is None:
             if self._failure is not None:
@@ -132,7 +138,7 @@ class ControllerActor:
         return [to_plain(run.schedule.row(k)) for k in range(window, last)]
 
     async def catalog(self, fingerprint: str) -> Catalog:
-        run = await asyncio.to_thread(self._opened)
+        run = await self._open_run()
         schedule = run.schedule
         for end in [len(schedule), *reversed(schedule.switches)]:  # the last row of each stretch under one catalog
             if end and (catalog := schedule.row(end - 1).catalog).fingerprint == fingerprint:
@@ -171,7 +177,7 @@ class ControllerActor:
         return self._failure
 
     async def status(self) -> dict[str, Any]:
-        run = await asyncio.to_thread(self._opened)
+        run = await self._open_run()
         return run.status() | {"failure": self._failure, "stop": self._stop}
 
     async def close(self, patience_s: float) -> int:

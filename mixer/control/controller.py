@@ -137,13 +137,7 @@ class Controller:
     def _check_lag(self) -> None:
         last, lag = self._rundir.schedule.last, self.options.lag_windows
         origin = self._rundir.origin() or {}
-        if origin.get("kind") == "replay":  # nothing is decided here, whatever the lag
-            if self.planned_windows != self.next_window:
-                raise ResumeError(
-                    f"resume refused: {self._rundir.path} repeats a schedule of {self.next_window} windows, this "
-                    f"config plans {self.planned_windows}. Plan as many, or fork the run."
-                )
-        elif last is not None and last.reason == FORK:
+        if last is not None and last.reason == FORK:
             if lag != (found := origin.get("lag_windows")):
                 raise ResumeError(
                     f"resume refused: the run was forked with lag_windows={found}, this config has {lag}. "
@@ -178,12 +172,15 @@ class Controller:
         return planned is not None and self.next_window >= planned
 
     def row_or_none(self, window: int) -> ScheduleRow | None:
-        """The window's row, or None as long as it is not decided."""
-        with self._changed:
-            planned = self.planned_windows
-            if window < 0 or (planned is not None and window >= max(planned, self.next_window)):
-                raise ScheduleError(f"window {window} is not planned; the run has windows 0 to {(planned or 0) - 1}.")
-            return self._rundir.schedule.row(window) if window < self.next_window else None
+        """The window's row, or None as long as it is not decided.
+
+        Waits for nobody, not even for a row that is being written: the schedule is only appended to, and what stands
+        in it is durable.
+        """
+        planned, decided = self.planned_windows, self.next_window
+        if window < 0 or (planned is not None and window >= max(planned, decided)):
+            raise ScheduleError(f"window {window} is not planned; the run has windows 0 to {(planned or 0) - 1}.")
+        return self._rundir.schedule.row(window) if window < decided else None
 
     def row(self, window: int) -> ScheduleRow:
         with self._changed:

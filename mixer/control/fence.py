@@ -12,19 +12,24 @@ write is done: a check that is true cannot become false before the write, howeve
 the two. If it is stopped *before* it has the lock, it finds the larger epoch on waking and is refused. If it is
 stopped *while it has* the lock, nobody can take over: who tries is told so after `PATIENCE_S`, with the pid to
 kill, whereupon the kernel frees the lock. There is no time-out after which an owner is taken for dead: clocks
-decide nothing but when to stop waiting.
+decide nothing but when to stop waiting. All that an owner writes it writes so: schedule and policy states, orders,
+the journal, the tracker's notes, the report. The check reads one small file and syncs nothing.
 
 Who may become the owner: if the lock of the epoch in force is free, its owner is dead and anybody may, with the
-next epoch. If it is held, only who asks for `takeover`; else it is refused at once and told who holds it. One
-lock file an epoch, so that an owner who took over is protected by its own and not by the one it replaced. A fork
-of the owner shares its locks; exec does not.
+next epoch. If it is held, only who asks for the takeover of that very epoch; else it is refused at once and told who
+holds it. So nobody replaces an owner unseen: a process that was started again replaces the one before it, which may
+be cut off rather than dead (their `holder` is the same), and not whoever got the run meanwhile. One lock file an
+epoch, so that an owner who took over is protected by its own and not by the one it replaced. A fork of the owner
+shares its locks; exec does not.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -43,34 +48,36 @@ class Owner:
     host: str
     pid: int
     since: str  # for people; nothing depends on it
+    holder: str = ""  # the same for processes of which one goes on where the other was lost
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.host} since {self.since} (epoch {self.epoch})"
 
 
 class Fence:
-    """Ownership of one folder, from construction to `close`."""
+    """Ownership of one folder, from construction to `close`; for any number of threads."""
 
-    def __init__(self, folder: Path, *, takeover: bool = False) -> None:
+    def __init__(self, folder: Path, *, holder: str = "", takeover: int | None = None) -> None:
+        """`takeover` is the epoch of an owner that may be replaced though it seems to live."""
         self._folder = folder
         self._alive = -1
+        self._mutex = threading.Lock()  # the threads of one process share its lock on the file
+        self._replaced = False
         self._lock = _open_lock(folder / "fence.lock")
         try:
             with self._exclusive():
-                self.owner = self._enter(takeover)
+                self.owner = self._enter(holder, takeover)
         except BaseException:
             self.close()
             raise
 
-    def _enter(self, takeover: bool) -> Owner:
+    def _enter(self, holder: str, takeover: int | None) -> Owner:
         before = read_owner(self._folder)
-        if before and not takeover and not self._is_dead(before):
-            raise ResumeError(
-                f"{self._folder} belongs to {before}. Stop that process, or ask for a takeover if you cannot reach it."
-            )
+        if before and before.epoch != takeover and not self._is_dead(before):
+            raise ResumeError(f"{self._folder} belongs to {before}. Wait for that run, or stop it.")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         epoch = before.epoch + 1 if before else 1
-        owner = Owner(epoch=epoch, host=socket.gethostname(), pid=os.getpid(), since=now)
+        owner = Owner(epoch=epoch, host=socket.gethostname(), pid=os.getpid(), since=now, holder=holder)
         self._alive = _open_lock(self._lock_of(owner))
         if not _try_lock(self._alive):
             raise ResumeError(f"{self._lock_of(owner)} is held, though nobody owned epoch {epoch} yet. Try again.")
@@ -89,51 +96,97 @@ class Fence:
         finally:
             os.close(number)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether this process is known to own the folder no more, which is for good."""
+        return self._replaced or self._lock < 0
+
     @contextmanager
     def writing(self) -> Generator[None]:
         """Everything written inside is written by the owner; who no longer is one gets a ScheduleError."""
         with self._exclusive():
-            if (now := read_owner(self._folder)) != self.owner:
+            if (now := read_owner(self._folder)) is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._folder / "owner.json"))
+            if now != self.owner:
+                self._replaced = True
                 raise ScheduleError(
                     f"{self._folder} was taken over by {now}; this process, {self.owner}, may not write any more. "
                     "Stop it."
                 )
             yield
 
+    def check(self) -> None:
+        """Nothing, for the owner."""
+        with self.writing():
+            pass
+
     @contextmanager
     def _exclusive(self) -> Generator[None]:
-        deadline = time.monotonic() + PATIENCE_S
-        while not _try_lock(self._lock):
-            if time.monotonic() > deadline:
-                raise ResumeError(
-                    f"{self._folder} is being written by {read_owner(self._folder)}, which does not get done. "
-                    "Kill it if it is stopped, and try again."
-                )
-            time.sleep(0.01)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
+        with self._mutex:
+            if self._lock < 0:
+                raise ScheduleError(f"{self._folder} was let go by this process. Open the run again to write to it.")
+            deadline = time.monotonic() + PATIENCE_S
+            while not _try_lock(self._lock):
+                if time.monotonic() > deadline:
+                    raise ResumeError(
+                        f"{self._folder} is being written by {read_owner(self._folder)}, which does not get done. "
+                        "Kill it if it is stopped, and try again."
+                    )
+                time.sleep(0.01)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        for name in ("_alive", "_lock"):
-            if (number := getattr(self, name)) >= 0:
-                setattr(self, name, -1)
-                os.close(number)
+        with self._mutex:
+            for name in ("_alive", "_lock"):
+                if (number := getattr(self, name)) >= 0:
+                    setattr(self, name, -1)
+                    os.close(number)
 
 
 def require_free(folder: Path) -> None:
     """Refuse a folder whose owner lives, without becoming its owner."""
+    if owner := _living_owner(folder):
+        raise ResumeError(
+            f"{folder} belongs to {owner}. Wait for that run, or stop it; if its machine cannot be reached any more, "
+            "`mixer train --takeover` goes on without it."
+        )
+
+
+def epoch_to_replace(folder: Path) -> int | None:
+    """Of an owner that holds its lock from another machine; None if nobody holds one. An owner that lives here can be
+    reached, and is not replaced behind its back."""
+    owner = _living_owner(folder)
+    if owner and owner.host == socket.gethostname() and _is_running(owner.pid):
+        raise ResumeError(
+            f"{folder} belongs to {owner}, which lives on this machine. A takeover is for an owner that nobody can "
+            f"reach: stop process {owner.pid} and start the run again."
+        )
+    return owner.epoch if owner else None
+
+
+def _living_owner(folder: Path) -> Owner | None:
     owner = read_owner(folder)
     lock = folder / f"owner-{owner.epoch}.lock" if owner else None
-    if owner is None or lock is None or not lock.exists():
-        return
+    if lock is None or not lock.exists():
+        return None
     number = _open_lock(lock)
     try:
-        if not _try_lock(number):
-            raise ResumeError(f"{folder} belongs to {owner}. Wait for that run, or stop it.")
+        return None if _try_lock(number) else owner
     finally:
         os.close(number)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def read_owner(folder: Path) -> Owner | None:

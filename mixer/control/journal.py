@@ -5,9 +5,13 @@
 not beyond the last is dropped, so that a restart, which trains windows again and reports them again, adds nothing.
 Events are always kept. Numbers that are not finite are null.
 
-One process appends; any may read while it does. A record is one write of a whole line. Nothing here raises for the
-sake of a file, since training never stops for bookkeeping: a disk that is full or gone costs the records of that
-time and one warning, and never leaves half a line between whole ones.
+One process appends, within the owner's fence; any may read while it does. A record is one write of a whole line.
+Nothing here raises for the sake of a file, since training never stops for bookkeeping: a disk that is full or gone
+costs the records of that time and one warning, and never leaves half a line between whole ones.
+
+What is newest is read from the end, as far as TAIL_BYTES and TAIL_LINES, so that a long run is opened as fast as a
+short one. What is rarer than that (an evaluation before the first window) is not found; nobody then misses more than
+to be told of it, and readers leave out what was written twice.
 """
 
 import errno
@@ -19,17 +23,27 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mixer.control.fence import Fence
+from mixer.core.errors import MixerError
+
 logger = logging.getLogger(__name__)
 
 ONCE = frozenset({"window", "policy", "evaluation"})  # kinds of which a window has one record
+KINDS = ONCE | {"event"}
+TAIL_BYTES, TAIL_LINES = 1 << 17, 64  # no more is read from the end than what reaches both
+# How a run ended, as its events say, with the word that MLflow has for it; what is in GOES_ON takes an end back.
+ENDINGS = {"finished": "FINISHED", "stopped": "KILLED", "bad_loss": "FAILED", "failed": "FAILED"}
+GOES_ON = ("begun", "resumed")
 _HEAD = re.compile(rb'\{"kind":"(\w+)","window":(\d+)[,}]')  # how `append` begins a record of those kinds
 _BLOCK_BYTES = 1 << 20
+_BACK_BYTES = 1 << 15
+_LOST = "the run belongs to another process"
 
 
 class Once:
@@ -48,10 +62,13 @@ class Once:
 
 
 class Journal:
-    """The appending end, for any number of threads. Whatever happens to its file, no method raises an OSError."""
+    """The appending end, for any number of threads. Whatever happens to its file or to the ownership of its run, no
+    method raises an error of it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fence: Fence | None = None) -> None:
+        """With the fence of the run, a process that was replaced adds nothing to it."""
         self.path = path
+        self._fence = fence
         self.lost = 0  # records that could not be written
         self._once = Once()
         self._lock = threading.Lock()
@@ -59,8 +76,9 @@ class Journal:
         self._trouble: str | None = None  # what the last warning said, while that goes on
         self._half = -1  # size to cut the file back to before anything is added: half a line follows
         try:
-            self._open()
-        except OSError as error:
+            with self._writing():
+                self._open()
+        except (OSError, MixerError) as error:
             self._failed(error)
 
     def append(self, record: Mapping[str, Any]) -> bool:
@@ -70,8 +88,9 @@ class Journal:
             if self._once.is_known(record):
                 return False
             try:
-                self._write(data)
-            except OSError as error:
+                with self._writing():
+                    self._write(data)
+            except (OSError, MixerError) as error:
                 self.lost += 1
                 self._failed(error)
                 return False
@@ -95,6 +114,9 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return self._fence.writing() if self._fence is not None else nullcontext()
 
     def _open(self) -> None:
         number = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -138,9 +160,15 @@ class Journal:
         with suppress(OSError):
             os.close(number)
 
-    def _failed(self, error: OSError) -> None:
-        if (trouble := error.strerror or str(error)) != self._trouble:
-            self._trouble = trouble
+    def _failed(self, error: OSError | MixerError) -> None:
+        is_lost = self._fence is not None and self._fence.is_lost
+        trouble = _LOST if is_lost else getattr(error, "strerror", None) or str(error)
+        if trouble == self._trouble:
+            return
+        self._trouble = trouble
+        if is_lost:
+            logger.warning("nothing is added to %s by this process any more: %s", self.path, error)
+        else:
             logger.warning(
                 "%s cannot be written: %s. The run goes on and its records are missing from the journal until it "
                 "can be: make room, or restore the folder.",
@@ -178,6 +206,14 @@ def read_journal(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, An
                 yield offset, record
 
 
+def read_back(path: Path) -> Iterator[dict[str, Any]]:
+    """The newest records of a journal, the last one first; what cannot be understood is left out."""
+    with suppress(FileNotFoundError):
+        for _, line in _lines_back(path):
+            with suppress(ValueError):
+                yield _record(line)
+
+
 def _record(line: bytes) -> dict[str, Any]:
     record = json.loads(line)  # text that is not UTF-8 is a ValueError too
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
@@ -191,24 +227,46 @@ def _record(line: bytes) -> dict[str, Any]:
 
 def _scan(path: Path) -> tuple[int, dict[str, int]]:
     """The size of all whole lines, and the newest window of each kind, without decoding what is long in a record."""
-    once = Once()
-    size = 0
-    with path.open("rb", buffering=_BLOCK_BYTES) as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            size += len(line)
-            record: dict[str, Any]
-            if head := _HEAD.match(line):
-                record = {"kind": head[1].decode(), "window": int(head[2])}
-            else:
-                try:
-                    record = _record(line)
-                except ValueError:
-                    continue  # whoever reads the journal is told
-            if not once.is_known(record):
-                once.note(record)
-    return size, once.last
+    size, last = 0, dict[str, int]()
+    for end, line in _lines_back(path):
+        size = max(size, end)
+        record: dict[str, Any]
+        if head := _HEAD.match(line):
+            record = {"kind": head[1].decode(), "window": int(head[2])}
+        else:
+            try:
+                record = _record(line)
+            except ValueError:
+                continue  # whoever reads the journal is told
+        if (kind := record["kind"]) in ONCE:
+            last[kind] = max(record["window"], last.get(kind, record["window"]))
+        if last.keys() == ONCE:
+            break
+    return size, last
+
+
+def _lines_back(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, the last one first, each with the byte offset after it; at least as many as the TAIL says."""
+    with path.open("rb", buffering=0) as file:
+        size = begin = file.seek(0, os.SEEK_END)
+        held, step, given = b"", _BACK_BYTES, 0  # held: what was read and not handed out, from `begin` on
+        while begin > 0 and not (size - begin >= TAIL_BYTES and given >= TAIL_LINES):
+            length = min(step, begin)
+            begin -= length
+            file.seek(begin)
+            held = file.read(length) + held
+            cut = held.find(b"\n") + 1 if begin else 0  # where the first line begins that is held whole
+            whole, held = (held[cut:], held[:cut]) if cut or not begin else (b"", held)
+            if not whole:
+                step *= 2  # in the middle of a long line
+                continue
+            end = begin + cut + len(whole)
+            *lines, torn = whole.split(b"\n")
+            end -= len(torn)
+            for line in reversed(lines):
+                yield end, line + b"\n"
+                end -= len(line) + 1
+                given += 1
 
 
 def _lines_before(path: Path, offset: int) -> int:

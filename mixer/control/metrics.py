@@ -14,7 +14,7 @@ optimizer steps trained after the record's window.
     train/skipped_steps              window: skipped_steps             of this window
     train/bad_rows                   window: bad_rows_d                rows of this window without a finite loss
     train/world_size                 window: world_size                ranks
-    probe/time                       window: probe_s, seconds          of a probe of influence, as a share of the window
+    probe/time                       window: probe_s, seconds          of a probe of influence, as share of the window's
     probe/tokens                     window: probe_tokens              tokens it computed
     influence/<target>/<domain>      window: influence                 first-order fall of the target's loss per unit of
                                                                        weight moved to the domain, where measured

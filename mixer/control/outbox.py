@@ -14,11 +14,12 @@ byte of the journal, `last` the newest window of each kind sent, `tokens` the su
 import json
 import logging
 import uuid
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mixer.control.fence import write_whole
-from mixer.control.journal import Once, read_journal
+from mixer.control.fence import Fence, write_whole
+from mixer.control.journal import ENDINGS, GOES_ON, Once, read_journal
 from mixer.control.metrics import Measures, Metric
 from mixer.core.errors import MixerError
 from mixer.core.schedule import MixtureSchedule
@@ -29,14 +30,8 @@ FORMAT = 1
 BATCH_METRICS = 1000  # a batch is complete with the record that reaches one of these
 BATCH_RECORDS = 200
 _BLOCK_BYTES = 1 << 20
-# What an event says about the run as a whole; other events say nothing about it.
-STATUS = {
-    "begun": "RUNNING",
-    "resumed": "RUNNING",
-    "finished": "FINISHED",
-    "stopped": "KILLED",
-    "failed": "FAILED",
-}
+# What an event says about the run as a whole, in MLflow's words; other events say nothing about it.
+STATUS = ENDINGS | dict.fromkeys(GOES_ON, "RUNNING")
 
 
 @dataclass(slots=True)
@@ -69,14 +64,28 @@ class Batch:
 
 
 class Outbox:
-    def __init__(self, folder: Path, schedule: MixtureSchedule, where: str, *, every_windows: int) -> None:
+    """With the fence of the run, a process that was replaced neither notes nor may send anything."""
+
+    def __init__(
+        self, folder: Path, schedule: MixtureSchedule, where: str, *, every_windows: int, fence: Fence | None = None
+    ) -> None:
         self.folder = folder
+        self._fence = fence
         self._schedule, self._every = schedule, every_windows
         self._journal = folder / "journal.jsonl"
         self._path = folder / "tracker.json"
         self.position = self._read(where)
         self._pending: Batch | None = None
         self._counted = (self.position.offset, self.position.offset, 0)  # from and to a byte, and the lines between
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the run is known to be another process's now."""
+        return self._fence is not None and self._fence.is_lost
+
+    def require_owner(self) -> None:
+        if self._fence is not None:
+            self._fence.check()
 
     def next(self) -> Batch | None:
         """The records behind the position, the same until they are noted; None if there are none."""
@@ -94,7 +103,9 @@ class Outbox:
             logger.warning("%s cannot be written: %s. The run goes on; make room in its folder.", self._path, error)
 
     def write(self) -> None:
-        write_whole(self._path, (json.dumps(asdict(self.position), ensure_ascii=False) + "\n").encode())
+        data = (json.dumps(asdict(self.position), ensure_ascii=False) + "\n").encode()
+        with self._fence.writing() if self._fence is not None else nullcontext():
+            write_whole(self._path, data)
 
     @property
     def behind(self) -> int:

@@ -16,7 +16,7 @@ import yaml
 from numpy.typing import NDArray
 
 from mixer.control.description import flat, redacted
-from mixer.control.journal import read_journal
+from mixer.control.journal import ENDINGS, GOES_ON, read_journal
 from mixer.control.rundir import load_origin
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ScheduleError
@@ -24,7 +24,6 @@ from mixer.core.plan import Geometry
 from mixer.core.schedule import MixtureSchedule, read, unpack_d
 
 FAULTS = ("restart", "preemption")  # events after which a run has to come back
-ENDS = ("finished", "stopped")
 
 
 @dataclass(slots=True)
@@ -101,8 +100,8 @@ class Record:
     @property
     def end(self) -> dict[str, Any] | None:
         """The event that ended the run, unless it went on afterwards."""
-        telling = [event for event in self.events if event.get("what") in (*ENDS, "begun", "resumed", "restart")]
-        return telling[-1] if telling and telling[-1]["what"] in ENDS else None
+        telling = [event for event in self.events if event.get("what") in (*ENDINGS, *GOES_ON)]
+        return telling[-1] if telling and telling[-1]["what"] in ENDINGS else None
 
     @property
     def status(self) -> str:

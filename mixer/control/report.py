@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from mixer.control.course import Course, course_of, evaluations_of
 from mixer.control.drawing import Picture
-from mixer.control.fence import write_whole
+from mixer.control.fence import Fence, write_whole
 from mixer.control.page import PAGE
 from mixer.control.pictures import draw
 from mixer.control.record import Record, happenings, number, read_record
@@ -31,19 +32,25 @@ CONFIG_KEYS = ("policy", "model", "optimizer", "step", "controller", "rails", "t
 SHOWN_OPTIONS = 24
 
 
-def write_report(folder: Path, out: Path | None = None, *, corpus: str | None = None) -> list[Path]:
-    """Write the report of a run folder (or of a schedule alone); returns its files, the page first."""
+def write_report(
+    folder: Path, out: Path | None = None, *, corpus: str | None = None, fence: Fence | None = None
+) -> list[Path]:
+    """Write the report of a run folder (or of a schedule alone); returns its files, the page first.
+
+    With the fence of the run it is written by its owner or not at all.
+    """
     folder = Path(folder)
     record = read_record(folder)
     home = folder if folder.is_dir() else folder.parent
     target = Path(out) if out is not None else home / "report"
-    target.mkdir(parents=True, exist_ok=True)
     course = course_of(record)
     pictures = draw(record, course)
     files = {f"{picture.key}.png": picture.png for picture in pictures}
     files["report.html"] = page(record, course, pictures, corpus=corpus).encode()
     for name, data in files.items():
-        write_whole(target / name, data)
+        with fence.writing() if fence is not None else nullcontext():
+            target.mkdir(parents=True, exist_ok=True)
+            write_whole(target / name, data)
     return [target / name for name in sorted(files, key=lambda name: (name != "report.html", name))]
 
 

@@ -50,7 +50,8 @@ _CHECK = "_check"
 class RunDir:
     """An owned run folder. `schedule` holds exactly the rows that are durable."""
 
-    def __init__(self, path: str | Path, *, takeover: bool = False) -> None:
+    def __init__(self, path: str | Path, *, holder: str = "", takeover: int | None = None) -> None:
+        """`holder`, `takeover`: see `Fence`."""
         if "://" in str(path):
             raise ConfigError(f"run folder {path} is not on a local disk. Name a folder on one.")
         self.path = Path(path)
@@ -61,7 +62,7 @@ class RunDir:
         self._size = 0
         self._writer: LineWriter | None = None
         self._schedule: MixtureSchedule | None = None
-        self.fence = Fence(self.path, takeover=takeover)
+        self.fence = Fence(self.path, holder=holder, takeover=takeover)
         try:
             if (self.path / "schedule.jsonl").exists():
                 self._read()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from mixer.control.description import RUN_TAG, params_of, redacted, staged, tags_of
+from mixer.control.fence import Fence
 from mixer.control.metrics import Metric
 from mixer.control.outbox import Batch, Outbox
 from mixer.core.errors import ConfigError
@@ -94,8 +95,10 @@ class Tracker(Protocol):
         ...
 
 
-def open_tracker(options: TrackerOptions, folder: Path, schedule: MixtureSchedule) -> Tracker:
-    return MlflowTracker(options, folder, schedule) if options.kind == "mlflow" else NoTracker()
+def open_tracker(
+    options: TrackerOptions, folder: Path, schedule: MixtureSchedule, fence: Fence | None = None
+) -> Tracker:
+    return MlflowTracker(options, folder, schedule, fence) if options.kind == "mlflow" else NoTracker()
 
 
 class NoTracker:
@@ -162,12 +165,15 @@ class MlflowTracker:
     between attempts are decided here.
     """
 
-    def __init__(self, options: TrackerOptions, folder: Path, schedule: MixtureSchedule) -> None:
+    def __init__(
+        self, options: TrackerOptions, folder: Path, schedule: MixtureSchedule, fence: Fence | None = None
+    ) -> None:
+        """With the fence of the run, a process that was replaced stops sending."""
         folder = folder.absolute()
         self._options, self._folder, self._schedule = options, folder, schedule
         self._uri = options.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
         where = f"{redacted(options.uri) if options.uri else 'beside'} {options.experiment}"
-        self._outbox = Outbox(folder, schedule, where, every_windows=options.every(len(schedule.catalog)))
+        self._outbox = Outbox(folder, schedule, where, every_windows=options.every(len(schedule.catalog)), fence=fence)
         self._in_doubt = True  # records behind the position may have arrived
         self._client: MlflowClient | None = None
         self._warned: float | None = None
@@ -186,7 +192,7 @@ class MlflowTracker:
         self._closing.set()
         self._awake.set()
         self._thread.join(patience_s)
-        if left := self.behind:
+        if (left := self.behind) and not self._outbox.is_lost:
             logger.warning(
                 "%d records of %s did not reach %s in %g s. They are kept; resume the run, or open its tracker again, "
                 "to send them.",
@@ -212,6 +218,9 @@ class MlflowTracker:
             try:
                 self._deliver(closing)
             except Exception as error:  # whatever is wrong with a tracker, the run goes on
+                if self._outbox.is_lost:
+                    logger.warning("nothing of %s is sent by this process any more: %s", self._folder, error)
+                    return
                 self._in_doubt = True
                 failures += 1
                 self._warn(error)
@@ -251,14 +260,17 @@ class MlflowTracker:
             )
 
     def _deliver(self, closing: bool) -> None:
+        self._outbox.require_owner()
         client = self._client = self._client or self._connect()
         run_id = self._find_run(client)
         self._describe(client, run_id)
         while (batch := self._outbox.next()) and not self._is_late:
+            self._outbox.require_owner()  # what is under way when another process takes over, repeats what that sends
             self._send(client, run_id, batch)
             self._outbox.note(batch)
         position, every = self._outbox.position, self._options.artifacts_every_windows
         if closing or (every and position.window - position.files >= every):
+            self._outbox.require_owner()
             with staged(self._folder, None if closing else SNAPSHOT_BYTES) as copies:
                 client.log_artifacts(run_id, str(copies))
             position.files = position.window

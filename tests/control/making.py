@@ -1,9 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mixer.control.controller import Controller, ControllerOptions
+from mixer.control.openrun import Charge
 from mixer.control.rundir import RunDir
+from mixer.control.tracker import TrackerOptions
 from mixer.core.catalog import Catalog
 from mixer.core.mixture import Mixture
 from mixer.core.plan import Geometry
@@ -58,3 +61,28 @@ def undisturbed(folder: Path, **options) -> bytes:
                 controller.report(signal)
         assert controller.is_complete
     return text_of(folder)
+
+
+def make_charge(folder: Path, **options) -> Charge:
+    """What `undisturbed` is made of, for an `OpenRun`; nothing is tracked."""
+    given = {
+        "options": ControllerOptions(lag_windows=1),
+        "policy": load_policy("odm", {"form": "paper"}),
+        "catalog": CATALOG,
+        "geometry": GEOMETRY,
+        "prior": Mixture.uniform(CATALOG),
+        "rails": RAILS,
+        "planned_windows": PLANNED,
+        "tracker": TrackerOptions(kind="none"),
+    }
+    return Charge(folder=folder, **(given | options))
+
+
+def window_record(window: int) -> dict[str, Any]:
+    """What a loop reports with the signal of a window, as far as tests look at it."""
+    return {"kind": "window", "window": window, "time": 100.0 + window, "loss": 2.5, "steps": 4 * window + 4}
+
+
+def bytes_of(folder: Path) -> dict[str, bytes | None]:
+    """Everything in a folder: files by what is in them, and folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

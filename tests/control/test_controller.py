@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -110,6 +111,29 @@ def test_rows_exist_as_far_as_the_lag_and_early_signals_wait(tmp_path):
         assert controller.report(make_signal(CATALOG, 1, [9.0, 9.0, 1.0])) is Receipt.REPEATED
         assert text_of(tmp_path) == before
         assert controller.counts["repeated"] == 2
+
+
+def test_rows_are_read_while_another_one_is_written_and_that_one_not_before_it_is_durable(tmp_path, monkeypatch):
+    with RunDir(tmp_path) as rundir:
+        controller = open_controller(rundir)
+        seen: list[tuple[bool, bool]] = []
+
+        def ask() -> None:
+            seen.append((controller.row_or_none(1) is not None, controller.row_or_none(2) is not None))
+
+        def fsync(number: int, real=os.fsync) -> None:
+            thread = threading.Thread(target=ask, daemon=True)  # as somebody else asks, in the middle of the write
+            thread.start()
+            thread.join(10)
+            assert not thread.is_alive(), "who asks for a row waits for a disk"
+            real(number)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        controller.report(signals()[0])
+        monkeypatch.undo()
+        assert len(seen) >= 3
+        assert set(seen) == {(True, False)}
+        assert controller.row_or_none(2) is not None
 
 
 def test_signals_of_other_runs_are_refused(tmp_path):

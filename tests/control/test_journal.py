@@ -2,16 +2,23 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mixer.control.journal import Journal, read_journal
+from mixer.control.fence import Fence
+from mixer.control.journal import ENDINGS, Journal, Once, read_back, read_journal
+from mixer.control.openrun import Heard
 from mixer.core.catalog import Catalog, Domain
+from mixer.core.errors import ScheduleError
 from mixer.core.schedule import pack_d, unpack_d
 
 
@@ -302,16 +309,127 @@ def test_threads_append_whole_lines(path):
         assert [record["steps"] for record in found if record["what"] == str(i)] == list(range(200))
 
 
-def test_a_hundred_thousand_records_are_opened_and_read_in_seconds(path):
+def test_a_hundred_thousand_records_are_read_in_seconds(path):
     names = {f"domain_{i}": 1234.5 + i for i in range(8)}
     tail = json.dumps({"time": 1.0, "loss_sum": names, "tokens_d": names, "rows_d": names})[1:]
     with path.open("w") as file:
         file.writelines(f'{{"kind":"window","window":{i},{tail}\n' for i in range(100_000))
-    begin = time.thread_time()
     with Journal(path) as journal:
-        opened = time.thread_time() - begin
         assert not journal.append(window(99_999)) and journal.append(window(100_000))
     begin = time.thread_time()
     assert sum(1 for _ in read_journal(path)) == 100_001
     read = time.thread_time() - begin
-    assert opened < 2 and read < 4, (opened, read)
+    assert read < 4, read
+
+
+def bytes_read() -> int:
+    """By this process, in all."""
+    return int(re.findall(r"rchar: (\d+)", Path("/proc/self/io").read_text())[0])
+
+
+@pytest.mark.parametrize("every", [16, None])
+def test_a_long_journal_is_opened_from_its_end(path, every):
+    """20,000 windows, evaluated every so often, or before the first window only."""
+    names = {f"domain_{i:02}": 1234.5 + i for i in range(8)}
+    tail = json.dumps({"time": 1.0, "loss_sum": names, "tokens_d": names, "rows_d": names, "bad_rows_d": names})[1:]
+    values = json.dumps({"time": 1.0, "values": names})[1:]
+    with path.open("w") as file:
+        file.write('{"kind":"evaluation","window":-1,"time":0.5,"sets":{}}\n')
+        for i in range(20_000):
+            file.write(f'{{"kind":"window","window":{i},{tail}\n{{"kind":"policy","window":{i},{values}\n')
+            if every and i % every == 0:
+                file.write(f'{{"kind":"evaluation","window":{i},{values}\n')
+    before = bytes_read()
+    with Journal(path) as journal:
+        heard = Heard.of(read_back(path))
+        took = bytes_read() - before
+        assert not journal.append(window(19_999)) and journal.append(window(20_000))
+    assert took < path.stat().st_size * (0.01 if every else 0.03), (took, path.stat().st_size)
+    assert heard.last["policy"]["window"] == 19_999 and heard.working and heard.ending == ""
+    assert heard.last.get("evaluation", {}).get("window") == (19_984 if every else None)
+
+
+LINES = st.one_of(
+    st.sampled_from(["window", "policy", "evaluation"]),
+    st.sampled_from(["begun", "workers", "restart", "resumed", "checkpoint", "bad_rows", *ENDINGS]),
+    st.sampled_from([b"", b"[1]", b"\0" * 40, b'{"kind":"window","wind', b'{"kind":"odd","time":1}']),
+)
+
+
+@settings(max_examples=100)
+@given(
+    script=st.lists(LINES, max_size=40),
+    torn=st.sampled_from([b"", b"{", b'{"kind":"window","window":99,"time":1', b"\0" * 9, b"x" * 300]),
+    back=st.integers(1, 400),
+    length=st.integers(0, 300),
+)
+def test_the_end_of_a_journal_tells_what_the_whole_one_tells(tmp_path_factory, script, torn, back, length):
+    """Whatever it ends in, and however far apart its newlines lie in what is read at once."""
+    path = tmp_path_factory.mktemp("run") / "journal.jsonl"
+    lines = []
+    for place, what in enumerate(script):
+        if isinstance(what, bytes):
+            lines.append(what)
+        elif what in ("window", "policy", "evaluation"):
+            lines.append(json.dumps({"kind": what, "window": place, "time": 1.0, "x": "y" * length}).encode())
+        else:
+            lines.append(json.dumps(event(what, text="z" * (length * place % 97))).encode())
+    path.write_bytes(b"".join(line + b"\n" for line in lines) + torn)
+    whole, once = Heard(), Once()
+    for _, record in read_journal(path):
+        whole = whole.after(record)
+        once.note(record)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixer.control.journal._BACK_BYTES", back)
+        assert [*read_back(path)] == [record for _, record in read_journal(path)][::-1]
+        assert Heard.of(read_back(path)) == whole
+        with Journal(path) as journal:
+            assert path.stat().st_size == sum(len(line) + 1 for line in lines)
+            for kind in ("window", "policy", "evaluation"):
+                last = once.last.get(kind, -1)
+                assert not journal.append({"kind": kind, "window": last, "time": 1.0}) or last == -1
+                assert journal.append({"kind": kind, "window": last + 1, "time": 1.0})
+
+
+def test_a_process_that_was_replaced_adds_nothing_says_so_once_and_cuts_nothing(path, caplog):
+    old = Fence(path.parent)
+    with Journal(path, old) as journal:
+        assert journal.append(window(0))
+        new = Fence(path.parent, takeover=old.owner.epoch)
+        with Journal(path, new) as other:
+            assert other.append(window(1))
+        whole = path.read_bytes()
+        path.write_bytes(whole + b'{"kind":"win')  # which the new owner may be writing
+        assert not journal.append(window(2)) and not journal.append(event("late"))
+        assert path.read_bytes() == whole + b'{"kind":"win'
+        assert len(warnings(caplog)) == 1 and "taken over by pid" in warnings(caplog)[0]
+        assert journal.lost == 2
+    Journal(path, old).close()  # nor by opening it, where a torn line is dropped
+    assert path.read_bytes() == whole + b'{"kind":"win'
+    old.close()
+    new.close()
+
+
+def test_threads_that_write_under_one_fence_do_not_let_each_other_out_of_it(tmp_path):
+    fence = Fence(tmp_path)
+    inside: list[int] = []
+    most: list[int] = []
+
+    def write() -> None:
+        for _ in range(50):
+            with fence.writing():
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0)
+                inside.pop()
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
+    fence.close()
+    assert fence.is_lost
+    with pytest.raises(ScheduleError, match="let go"):
+        fence.check()

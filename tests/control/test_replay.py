@@ -9,13 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixer.control.controller import Receipt
+from mixer.control.openrun import OpenRun
 from mixer.control.replay import prepare_replay
 from mixer.control.rundir import RunDir, load_schedule
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ResumeError, ScheduleError
 from mixer.core.plan import Geometry, plan_window
-from tests.control.making import CATALOG, GEOMETRY, PLANNED, open_controller, signals, text_of, undisturbed
+from tests.control.making import (
+    CATALOG,
+    GEOMETRY,
+    PLANNED,
+    make_charge,
+    open_controller,
+    signals,
+    text_of,
+    undisturbed,
+    window_record,
+)
 from tests.core.policies.making import make_catalog
 
 ROOT = Path(__file__).parents[2]
@@ -160,16 +170,15 @@ def test_a_folder_with_a_run_is_not_begun_again(source, tmp_path):
         prepare_replay(tmp_path / "empty", tmp_path / "other", CATALOG, GEOMETRY)
 
 
-def test_a_controller_hands_out_the_rows_of_a_replay_and_decides_nothing(source, tmp_path):
+def test_a_replay_is_opened_without_a_controller_and_decides_nothing(source, tmp_path):
     prepare_replay(source, tmp_path / "new", CATALOG, Geometry(**vars_of(GEOMETRY)), 12)
-    for lag in (0, 1, 5):
-        with RunDir(tmp_path / "new") as rundir:
-            controller = open_controller(rundir, lag_windows=lag)
-            assert controller.is_complete
-            assert controller.row(11).window == 11
-            assert controller.report(signals()[3]) is Receipt.REPEATED
-    with RunDir(tmp_path / "new") as rundir, pytest.raises(ResumeError, match="repeats a schedule of 12 windows"):
-        open_controller(rundir, planned_windows=13)
+    run = OpenRun(make_charge(tmp_path / "new", policy=None))
+    row = run.row_or_none(11)
+    assert row is not None and row.window == 11
+    assert run.report(signals()[3], window_record(3)) == 4
+    with pytest.raises(ScheduleError, match="nobody decides"):
+        run.decider.pause_policy("look")
+    run.close(0.0, report=False)
     assert text_of(tmp_path / "new") == text_of(source)
 
 
@@ -181,6 +190,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from mixer.control import fence
+from mixer.control.openrun import OpenRun
 from mixer.control.replay import prepare_replay
 from tests.control.making import CATALOG, GEOMETRY
 count, die_at = 0, int(sys.argv[3])

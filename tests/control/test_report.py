@@ -173,10 +173,13 @@ def test_status_is_what_the_last_word_says(tmp_path):
     assert read_record(folder).status == "running"
     teller = Teller(folder)
     teller.now += 500
-    teller.event("stopped", "by hand")
-    assert read_record(folder).status == "stopped"
-    teller.event("resumed", "again", after_s=1)
-    assert read_record(folder).status == "running"
+    for what, again in (("stopped", "resumed"), ("failed", "begun"), ("bad_loss", "begun"), ("finished", "resumed")):
+        teller.event(what, "so it ended", after_s=1)
+        assert read_record(folder).status == what
+        teller.event("restart", "the controller", after_s=1)  # which was to be closed
+        assert read_record(folder).end is not None
+        teller.event(again, "again", after_s=1)
+        assert read_record(folder).status == "running"
 
 
 @pytest.mark.parametrize(("windows", "trained"), [(1, 1), (1, 0), (40, 7), (3, 0)])

@@ -87,7 +87,7 @@ def test_a_second_owner_is_refused_at_once_and_told_who_holds_it(tmp_path):
 def test_an_owner_that_was_replaced_can_write_nothing(tmp_path):
     old = RunDir(tmp_path)
     controller = open_controller(old)
-    with RunDir(tmp_path, takeover=True) as new:
+    with RunDir(tmp_path, takeover=1) as new:
         other = open_controller(new)
         before = text_of(tmp_path)
         states = sorted((tmp_path / "policy").iterdir())
@@ -135,7 +135,7 @@ def test_an_owner_that_sleeps_through_its_replacement_writes_nothing_on_waking(t
         with pytest.raises(ResumeError, match=f"pid {child.pid}"):
             RunDir(tmp_path)
         if where == "before":
-            with RunDir(tmp_path, takeover=True) as new:
+            with RunDir(tmp_path, takeover=1) as new:
                 open_controller(new).report(signals()[0])
                 text = text_of(tmp_path)
                 os.kill(child.pid, signal.SIGCONT)
@@ -143,7 +143,7 @@ def test_an_owner_that_sleeps_through_its_replacement_writes_nothing_on_waking(t
                 assert text_of(tmp_path) == text
         else:  # in the middle of a write nobody gets in, until the kernel takes the lock from the dead
             with pytest.raises(ResumeError, match="Kill it"):
-                RunDir(tmp_path, takeover=True)
+                RunDir(tmp_path, takeover=1)
             child.kill()
             child.wait(20)
             with RunDir(tmp_path) as new:

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from mixer.control.fence import Fence
 from mixer.control.journal import Journal
 from mixer.control.tracker import MemoryStore, MemoryTracker, MlflowTracker, NoTracker, TrackerOptions, open_tracker
 from mixer.core.errors import ConfigError
+from tests.control.making import bytes_of
 from tests.control.tracking import (
     CONFIG,
     add,
@@ -226,6 +228,11 @@ def test_files_arrive_whole_and_without_secrets(home, folder):
         (["begun", "finished", "checkpoint"], "FINISHED"),
         (["begun", "stopped"], "KILLED"),
         (["begun", "stopped", "resumed"], "RUNNING"),
+        (["begun", "bad_loss"], "FAILED"),
+        (["begun", "failed"], "FAILED"),
+        (["begun", "failed", "begun"], "RUNNING"),
+        (["begun", "bad_loss", "begun", "resumed", "finished"], "FINISHED"),
+        (["begun", "finished", "restart"], "FINISHED"),  # of the controller, when all was done
     ],
 )
 def test_the_runs_status_follows_its_events(home, folder, events, status):
@@ -235,8 +242,7 @@ def test_the_runs_status_follows_its_events(home, folder, events, status):
     home.open(TrackerOptions(), folder).close(30)
     assert home.status(folder) == status
     if isinstance(home, Mlflow):
-        ended = any(what in ("finished", "stopped") for what in events)
-        assert home.run(folder).info.end_time == (1_700_000_000_000 if ended and status != "RUNNING" else None)
+        assert home.run(folder).info.end_time == (None if status == "RUNNING" else 1_700_000_000_000)
 
 
 def test_damage_is_left_out(home, folder, caplog):
@@ -311,6 +317,30 @@ def test_another_tracker_gets_everything(sqlite, folder, tmp_path, database):
     tracker = sqlite.open(TrackerOptions(uri=f"sqlite:///{other}"), folder)
     tracker.close(30)
     assert rows_in(other, tracker.run_id) == expected(folder, SCHEDULE)
+
+
+def test_a_process_that_was_replaced_stops_sending_and_its_successor_goes_on(sqlite, folder, caplog):
+    journal = make_run(folder, 3)
+    first = Fence(folder)
+    old = MlflowTracker(TrackerOptions(), folder, SCHEDULE, first)
+    settle(old)
+    second = Fence(folder, takeover=first.owner.epoch)
+    add(journal, 3, 5)
+    files, rows = bytes_of(folder), sqlite.rows(folder)
+    assert {step for key, step, _, _ in rows if key == "train/loss"} == {4, 8, 12}
+    begin = time.monotonic()
+    old.wake()
+    old.close(60)
+    assert time.monotonic() - begin < 30  # its thread has ended by itself
+    assert bytes_of(folder) == files
+    assert sqlite.rows(folder) == rows
+    said = [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.WARNING]
+    assert len(said) == 1 and "taken over by pid" in said[0]
+    new = MlflowTracker(TrackerOptions(), folder, SCHEDULE, second)
+    new.close(60)
+    assert sqlite.rows(folder) == expected(folder, SCHEDULE)
+    first.close()
+    second.close()
 
 
 def test_no_tracker_and_bad_options(folder):

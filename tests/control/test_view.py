@@ -150,12 +150,13 @@ def test_watching_is_left_with_a_clean_terminal(tmp_path, number):
         os.close(terminal)
 
 
-def test_watching_ends_with_the_run(tmp_path):
+@pytest.mark.parametrize("what", ["finished", "failed"])
+def test_watching_ends_with_the_run(tmp_path, what):
     folder = make_run(tmp_path / "made", 12, trained=6)
     process, terminal = start(folder)
     try:
         read_until(terminal, b"6/12 windows")
-        Teller(folder).event("finished", "that was it", after_s=1e6)
+        Teller(folder).event(what, "that was it", after_s=1e6)
         rest = read_until(terminal, None)
         assert process.wait(30) == 0
         assert b"that was it" in rest.partition(b"\x1b[?1049l")[2]

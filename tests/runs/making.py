@@ -225,6 +225,11 @@ class Outcome:
         return [record["what"] for record in self.records if record["kind"] == "event"]
 
     @property
+    def policy(self) -> list[tuple[int, dict[str, float]]]:
+        """Its internals after the signal of each window."""
+        return [(record["window"], record["values"]) for record in self.records if record["kind"] == "policy"]
+
+    @property
     def losses(self) -> list[float]:
         """By window."""
         return [record["loss"] for record in self.records if record["kind"] == "window"]

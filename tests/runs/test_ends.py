@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mixer.control.record import read_record
 from mixer.control.rundir import load_schedule
 from mixer.core.errors import DataError, ResumeError, SignalError
 from mixer.launch import fit, live
@@ -90,6 +91,53 @@ def test_a_controller_that_refuses_to_go_on_ends_the_run_while_all_wait_for_rows
     assert len(load_schedule(config.run.folder)) == 3 + lag
 
 
+def test_people_order_from_processes_of_their_own_however_they_spell_the_folder(texts, tmp_path, ray_session):
+    config = config_of(texts, tmp_path / "run", "train.windows=8", "train.num_workers=1")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    done, go = {}, tmp_path / "go"
+
+    def order(status):
+        if status["decided"] == 4 and not done:
+            done["set"] = verb(tmp_path / "beside", "set", "../link", "noise=0.5", "--why", "more noise")
+            done["pause"] = verb(tmp_path / "beside", "pause-policy", "../link", "--why", "look", "--window", "6")
+            done["resume"] = verb(tmp_path / "beside", "resume-policy", "../run", "--window", "7")
+            done["late"] = verb(tmp_path / "beside", "set", "../link", "noise=0.1", "--window", "3")
+            go.touch()
+
+    hold = Fault(2 * STEPS + 1, 0, "call", partial(wait_until_there, go))  # two signals decide four windows
+    assert fit(config, open_rows(config), work=work_with([hold]), on_status=order).ending == "finished"
+    said = {name: one.stdout + one.stderr for name, one in done.items()}
+    assert [one.returncode for one in done.values()] == [0, 0, 0, 2], said
+    assert said["set"].splitlines()[0] == "ordered for window 4"
+    assert said["set"].splitlines()[1].endswith("mixer show schedule ../link --windows 4")
+    assert said["pause"] == "the policy is paused from window 6\n"
+    assert said["resume"] == "the policy decides again from window 7\n"
+    assert "window 3 cannot be ordered" in said["late"]
+    schedule = load_schedule(config.run.folder)
+    assert [row.reason for row in schedule][3:] == ["policy", "set: more noise", "policy", "paused: look", "policy"]
+    assert schedule.row(4).mixture.to_dict(schedule.catalog)["noise"] == pytest.approx(0.5)
+    over = verb(tmp_path / "beside", "pause-policy", "../link")
+    assert over.returncode == 2
+    assert "../link is not being run: there is no live.json" in over.stderr
+
+
+def verb(folder, *args):
+    """`mixer ...` in that folder."""
+    command = [sys.executable, "-m", "mixer.cli", *args]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=START_S, check=False
+    )
+
+
+def wait_until_there(path):
+    deadline = time.monotonic() + START_S
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+
+
 def test_a_bad_row_stops_the_run_by_rule_and_is_named(texts, tmp_path, undisturbed):
     config = config_of(texts, tmp_path / "run", "step.bad_loss=stop")
     assert fit(config, open_rows(config), work=work_with(bad_step=6)).ending == "bad_loss"
@@ -123,8 +171,12 @@ def test_a_shard_that_goes_bad_stops_the_run_and_restored_it_ends_the_same(texts
     print(caught.value)
     assert shard.name in str(caught.value)
     assert "Traceback" not in str(caught.value)
+    end = read_record(tmp_path / "run").end
+    assert end is not None
+    assert (end["what"], end["text"]) == ("failed", str(caught.value))
     shard.write_bytes(kept)
     assert fit(config, open_rows(config), work=work_with()).ending == "finished"
+    assert read_record(tmp_path / "run").status == "finished"
     Outcome.of(config).require_same(undisturbed)
 
 

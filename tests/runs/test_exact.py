@@ -35,7 +35,10 @@ def test_killed_at_random_steps_it_is_the_same_run(texts, tmp_path, ray_session,
     faults = kills(1, kind, 5)
     assert fit(config, open_rows(config), work=work_with(faults)).ending == "finished"
     assert len(list((tmp_path / "run").glob("fault-*"))) == len(faults)
-    Outcome.of(config).require_same(undisturbed)
+    found = Outcome.of(config)
+    found.require_same(undisturbed)
+    assert found.policy == undisturbed.policy
+    assert [window for window, _ in found.policy] == list(range(WINDOWS - 2))
 
 
 @pytest.mark.faults
@@ -45,7 +48,9 @@ def test_a_driver_that_is_killed_is_started_again_and_it_is_the_same_run(texts, 
         assert drive(texts, folder, f"{fault.step}:{fault.rank}:{fault.kind}").returncode == -signal.SIGKILL
         wait_until_free(folder)
     assert drive(texts, folder, "").stdout.strip() == "finished"
-    Outcome.of(config_of(texts, folder)).require_same(undisturbed)
+    found = Outcome.of(config_of(texts, folder))
+    found.require_same(undisturbed)
+    assert found.policy == undisturbed.policy
 
 
 @pytest.mark.faults
