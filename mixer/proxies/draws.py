@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-AT_ONCE = 2_000_000  # weights in memory
+AT_ONCE = 20_000  # draws in memory
 
 
 def dirichlet(rng: np.random.Generator, concentration_rd: Floats) -> Floats:
@@ -52,7 +52,7 @@ def best_draws(
     kept_rd, kept_r = np.empty((0, 0)), np.empty(0)
     left = num_draws
     while left:
-        weights_rd = draw(min(left, 50_000))
+        weights_rd = draw(min(left, AT_ONCE))
         left -= len(weights_rd)
         score_r = score(weights_rd)
         all_rd = np.concatenate([kept_rd, weights_rd]) if kept_rd.size else weights_rd
