@@ -64,7 +64,7 @@ class TikmixM:
 
     def propose(self, table: RunTable, setting: FitSetting) -> Proposal:
         found = evidence(table, setting)
-        fits = regress.fit(found, self.regressor, 42)
+        fits = regress.fit(found, self.regressor, 42, folds=setting.folds)
         start_d = setting.within(setting.prior_d)
         unit = {name: float(np.std(loss_r)) or 1.0 for name, loss_r in found.losses.items()}
         start = fits.at(start_d)
