@@ -19,7 +19,6 @@ is better in both, so whatever is fitted to one can be fitted to the other.
 """
 
 import io
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -48,7 +47,7 @@ _HEAD = pa.schema([("run", pa.string()), ("progress", pa.float64()), ("tokens", 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RunTable:
-    """Rows of runs at some of their moments, sorted by run and tokens; arrays with an axis R of rows."""
+    """Rows of runs at some of their moments, each once; arrays with an axis R of rows."""
 
     domains: tuple[str, ...]
     run_r: tuple[str, ...]
@@ -69,9 +68,11 @@ class RunTable:
                 f"a table of {rows} rows and {len(self.domains)} domains with weights {self.weights_rd.shape}"
                 f"{''.join(f', {one}' for one in wrong)}. Give every row one value a column."
             )
-        for before, after in itertools.pairwise(self.keys):
-            if before >= after:
-                raise DataError(f"row {after} (run, tokens) stands behind {before}; rows need to be sorted, each once.")
+        if len(set(self.keys)) < rows:
+            double = next(key for key in self.keys if self.keys.count(key) > 1)
+            raise DataError(
+                f"run {double[0]} after {double[1]} tokens stands in the table twice. Keep one of the rows."
+            )
 
     def __len__(self) -> int:
         return len(self.run_r)
@@ -95,7 +96,7 @@ class RunTable:
         return tuple(sorted(set(self.progress_r.tolist())))
 
     def take(self, which: NDArray[np.bool_] | NDArray[np.integer] | Sequence[int]) -> "RunTable":
-        """Some of the rows, by mask or by growing numbers."""
+        """Some of the rows, by mask or by number."""
         place = np.arange(len(self))[which]
         return replace(
             self,
@@ -161,7 +162,8 @@ def _floats(table: pa.Table, name: str) -> Floats:
 
 
 def write_table(path: str | Path, table: RunTable) -> None:
-    """The file is there with the whole table, or as it was before."""
+    """The file is there with the whole table, sorted, or as it was before."""
+    table = table.take(_order(table.run_r, table.tokens_r))
     losses = [(name, table.losses[name]) for name in sorted(table.losses)]
     columns: list[pa.Array] = [
         pa.array(table.run_r, pa.string()),
@@ -216,7 +218,7 @@ def merge(table: RunTable, rows: RunTable, where: str = "the table") -> RunTable
     sets = sorted(table.losses.keys() | rows.losses.keys())
     run_r = (*table.run_r, *added.run_r)
     tokens_r = np.concatenate([table.tokens_r, added.tokens_r])
-    order = np.lexsort((tokens_r, np.array(run_r, dtype=np.str_))) if run_r else np.zeros(0, dtype=np.int64)
+    order = _order(run_r, tokens_r)
 
     def both(one: Floats, other: Floats) -> Floats:
         return np.concatenate([one, other])[order]
@@ -231,6 +233,11 @@ def merge(table: RunTable, rows: RunTable, where: str = "the table") -> RunTable
         quantity=table.quantity,
         identity=identity,
     )
+
+
+def _order(run_r: Sequence[str], tokens_r: Ints) -> Ints:
+    """By run and tokens."""
+    return np.lexsort((tokens_r, np.array(run_r, dtype=np.str_))) if len(run_r) else np.zeros(0, dtype=np.int64)
 
 
 def _loss(table: RunTable, name: str) -> Floats:

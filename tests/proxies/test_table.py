@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixer.core.errors import DataError, ResumeError
-from mixer.proxies import table as tables
 from mixer.proxies.table import RunTable, append, merge, read_table, write_table
 
 IDENTITY = {"model.dim": 16, "corpus": "abc", "mixtures": {"00000": "aa", "00001": "bb", "00002": "cc"}}
@@ -76,6 +76,7 @@ def test_a_run_may_get_rows_later_and_keeps_those_it_has(tmp_path):
     append(path, rows_of("00002", points=(0.5,)))
     append(path, rows_of("00002"))
     append(path, rows_of("00000", points=(1.0,)))
+    write_table(path, read_table(path).take([2, 0, 1]))
     assert read_table(path).keys == [("00000", 3000), ("00002", 1500), ("00002", 3000)]
 
 
@@ -139,9 +140,10 @@ def test_what_is_no_table_is_refused(tmp_path):
     pq.write_table(pa.table({"run": ["00000"]}), path)
     with pytest.raises(DataError, match=r"no mixer\.swarm"):
         read_table(path)
-    with pytest.raises(DataError, match=r"\('00000', 1500\).*stands behind.*\('00001', 3000\)"):
-        merged = merge(rows_of("00000"), rows_of("00001"))
-        tables.replace(merged, run_r=("00001", "00001", "00000", "00000"))
+    with pytest.raises(DataError, match=r"run 00000 after 1500 tokens stands in the table twice"):
+        replace(merge(rows_of("00000"), rows_of("00001")), run_r=("00000", "00001", "00000", "00001"))
+    with pytest.raises(DataError, match=r"a table of 2 rows and 2 domains with weights \(2, 2\), tokens \(1,\)"):
+        replace(rows_of("00000"), tokens_r=np.array([1]))
 
 
 def test_moments_and_sets_are_chosen_by_name():
