@@ -34,6 +34,7 @@ from mixer.data.prepare import PrepareOptions
 from mixer.data.reader import WindowReader
 from mixer.data.storage import Storage
 from mixer.data.stream import StreamingOptions, WindowStream
+from mixer.proxies.options import SwarmOptions
 from mixer.training import loop
 from mixer.training.checkpoint import CheckpointOptions
 from mixer.training.evaluation import EvaluationOptions, Evaluator
@@ -104,12 +105,14 @@ class RunConfig:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
+    swarm: SwarmOptions | None = None  # of small runs beside this one, see `mixer swarm`
 
 
 # Sections and options that change nothing of what is trained, so a run may go on under other values of them.
 # Of `corpus` its rows matter, and they are compared by fingerprint; `geometry` is compared with the schedule.
 MAY_DIFFER = (
     *("run", "prepare", "corpus", "geometry", "streaming", "checkpoint", "evaluation", "tracker", "stream"),
+    "swarm",
     *(f"train.{key}" for key in ("num_workers", "cpus_per_worker", "gpu", "resources_per_worker", "strategy")),
     *(f"train.{key}" for key in ("compile", "threads", "max_failures", "timeout_s", "peak_flops", "trace")),
     *("step.micro_rows", "step.bad_loss", "controller.max_held", "controller.max_waiting"),
@@ -127,12 +130,20 @@ def require_same(config: RunConfig, folder: Path) -> None:
 
 def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """The options, with both values, by which two configs would train differently."""
-    old, new = _flat(configs.to_plain(before)), _flat(configs.to_plain(now))
+    old, new = deciding(before), deciding(now)
     for key in sorted(old.keys() | new.keys()):
-        if any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER):
-            continue
         if old.get(key) != new.get(key):
             yield key, old.get(key), new.get(key)
+
+
+def deciding(config: RunConfig) -> dict[str, Any]:
+    """The options that decide what is trained, but for its rows and their order; by dotted key."""
+    options = _flat(configs.to_plain(config))
+    return {
+        key: value
+        for key, value in options.items()
+        if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)
+    }
 
 
 def _flat(value: dict[str, Any], path: str = "") -> dict[str, Any]:

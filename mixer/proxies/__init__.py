@@ -1,1 +1,1 @@
-"""Mixtures found by many small runs: the runs, the table of their results, and the fits over it."""
+"""Many small runs: swarms of proxies, the table of what came of them, and what is fitted to it."""
