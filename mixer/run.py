@@ -36,6 +36,7 @@ from mixer.data.prepare import PrepareOptions
 from mixer.data.reader import WindowReader
 from mixer.data.storage import Storage
 from mixer.data.stream import StreamingOptions, WindowStream
+from mixer.proxies.options import SwarmOptions
 from mixer.training import loop
 from mixer.training.checkpoint import CheckpointOptions, find, load_model
 from mixer.training.evaluation import EvaluationOptions, Evaluator, corpora_beside
@@ -108,23 +109,14 @@ class RunConfig:
     influence: InfluenceOptions = field(default_factory=InfluenceOptions)
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
+    swarm: SwarmOptions | None = None  # of small runs beside this one, see `mixer swarm`
 
 
 # Sections and options that change nothing of what is trained, so a run may go on under other values of them.
 # Of `corpus` its rows matter, and they are compared by fingerprint; `geometry` is compared with the schedule.
 MAY_DIFFER = (
-    *(
-        "run",
-        "prepare",
-        "corpus",
-        "geometry",
-        "streaming",
-        "checkpoint",
-        "evaluation",
-        "influence",
-        "tracker",
-        "stream",
-    ),
+    *("run", "prepare", "corpus", "geometry", "streaming", "checkpoint", "tracker", "stream", "swarm"),
+    *("evaluation", "influence"),  # but where the policy learns from them
     *(f"train.{key}" for key in ("num_workers", "cpus_per_worker", "gpu", "resources_per_worker", "strategy")),
     *(f"train.{key}" for key in ("compile", "threads", "max_failures", "timeout_s", "peak_flops", "trace")),
     *("step.micro_rows", "step.bad_loss", "controller.max_held", "controller.max_waiting"),
@@ -142,16 +134,23 @@ def require_same(config: RunConfig, folder: Path) -> None:
 
 def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """The options, with both values, by which two configs would train differently."""
-    old, new = _flat(configs.to_plain(before)), _flat(configs.to_plain(now))
-    needs = make_policy(now).NEEDS
-    may_differ = [
-        free for free in MAY_DIFFER if free not in needs
-    ]  # what a policy learns from is named like its section
+    old, new = deciding(before), deciding(now)
     for key in sorted(old.keys() | new.keys()):
-        if any(key == free or key.startswith(f"{free}.") for free in may_differ):
-            continue
         if old.get(key) != new.get(key):
             yield key, old.get(key), new.get(key)
+
+
+def deciding(config: RunConfig) -> dict[str, Any]:
+    """The options, by dotted key, that say what is trained."""
+    needs = make_policy(config).NEEDS  # named like the sections that say how it is measured
+    learnt = needs | ({"influence"} if "gram" in needs else frozenset())
+    free = [key for key in MAY_DIFFER if key not in learnt]
+    flat = _flat(configs.to_plain(config))
+    return {key: value for key, value in flat.items() if not any(_within(key, section) for section in free)}
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
 
 
 def _flat(value: dict[str, Any], path: str = "") -> dict[str, Any]:

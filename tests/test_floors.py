@@ -43,6 +43,7 @@ ONLY_IN = {
     "torch.distributed": "mixer/training/loop.py",
     "transformers": "mixer/training/pretrained.py",
     "lm_eval": "mixer/training/harness.py",
+    "lightgbm": "mixer/proxies/trees.py",
 }
 NO_ACTORS = {1, 2}
 RAY_LIBRARIES = {"ray.data", "ray.train", "ray.tune", "ray.serve", "ray.rllib", "ray.air"}

@@ -159,11 +159,7 @@ class MemoryTracker:
 
 
 class MlflowTracker:
-    """Sends a run to MLflow from a thread of its own.
-
-    Sets MLflow's limits for requests in this process's environment: one attempt of `timeout_s`, since the pauses
-    between attempts are decided here.
-    """
+    """Sends a run to MLflow from a thread of its own."""
 
     def __init__(
         self, options: TrackerOptions, folder: Path, schedule: MixtureSchedule, fence: Fence | None = None
@@ -171,16 +167,13 @@ class MlflowTracker:
         """With the fence of the run, a process that was replaced stops sending."""
         folder = folder.absolute()
         self._options, self._folder, self._schedule = options, folder, schedule
-        self._uri = options.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
+        self._uri = uri_of(options, folder)
         where = f"{redacted(options.uri) if options.uri else 'beside'} {options.experiment}"
         self._outbox = Outbox(folder, schedule, where, every_windows=options.every(len(schedule.catalog)), fence=fence)
         self._in_doubt = True  # records behind the position may have arrived
         self._client: MlflowClient | None = None
         self._warned: float | None = None
         self._awake, self._closing, self._deadline = threading.Event(), threading.Event(), math.inf
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(math.ceil(options.timeout_s))
-        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         self._thread = threading.Thread(target=self._work, name="mixer-tracker", daemon=True)
         self._thread.start()
 
@@ -261,7 +254,7 @@ class MlflowTracker:
 
     def _deliver(self, closing: bool) -> None:
         self._outbox.require_owner()
-        client = self._client = self._client or self._connect()
+        client = self._client = self._client or connect(self._uri, self._options.timeout_s)
         run_id = self._find_run(client)
         self._describe(client, run_id)
         while (batch := self._outbox.next()) and not self._is_late:
@@ -280,27 +273,11 @@ class MlflowTracker:
 
     # ---- what MLflow is told -------------------------------------------------------------------
 
-    def _connect(self) -> "MlflowClient":
-        with _alone(_database_of(self._uri)):  # else two that make a new database spoil it
-            return _mlflow().MlflowClient(tracking_uri=self._uri)
-
-    def _experiment(self, client: "MlflowClient") -> str:
-        name = self._options.experiment
-        if found := client.get_experiment_by_name(name):
-            return found.experiment_id
-        database = _database_of(self._uri)
-        try:
-            return client.create_experiment(name, (database.parent / "mlartifacts").as_uri() if database else None)
-        except _mlflow().exceptions.MlflowException:
-            if found := client.get_experiment_by_name(name):
-                return found.experiment_id  # another process was faster
-            raise
-
     def _find_run(self, client: "MlflowClient") -> str:
         """The id of this run: noted, or found by its tag, or of a run that is created now."""
         position = self._outbox.position
         if position.run_id is None:
-            experiment = self._experiment(client)
+            experiment = experiment_of(client, self._uri, self._options.experiment)
             if found := self._runs(client, experiment):
                 position.run_id = found[0]
             else:
@@ -365,6 +342,34 @@ class MlflowTracker:
         """Those that have not arrived: beyond the newest of their name."""
         newest = {found.key: found.step for found in client.get_run(run_id).data.to_proto().metrics}
         return [metric for metric in metrics if metric.step > newest.get(metric.key, metric.step - 1)]
+
+
+def uri_of(options: TrackerOptions, folder: Path) -> str:
+    """Where the run in a folder is tracked."""
+    return options.uri or f"sqlite:///{folder.absolute().parent / 'mlflow.db'}"
+
+
+def connect(uri: str, timeout_s: float) -> "MlflowClient":
+    """A client. Sets MLflow's limits for requests in this process's environment: one attempt of `timeout_s`, since
+    the pauses between attempts are decided here."""
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(math.ceil(timeout_s))
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    with _alone(_database_of(uri)):  # else two that make a new database spoil it
+        return _mlflow().MlflowClient(tracking_uri=uri)
+
+
+def experiment_of(client: "MlflowClient", uri: str, name: str) -> str:
+    """The id of the experiment, which is made if need be."""
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    database = _database_of(uri)
+    try:
+        return client.create_experiment(name, (database.parent / "mlartifacts").as_uri() if database else None)
+    except _mlflow().exceptions.MlflowException:
+        if found := client.get_experiment_by_name(name):
+            return found.experiment_id  # another process was faster
+        raise
 
 
 def chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
