@@ -31,6 +31,8 @@ class SwarmOptions:
     max_retries: int = 3  # of a proxy whose process died or failed; it goes on from its newest checkpoint
     keep_checkpoints: bool = False  # of proxies that are finished
     overrides: dict[str, Any] = field(default_factory=dict[str, Any])  # sections of the configuration, for proxies
+    targets: dict[str, float] = field(default_factory=dict[str, float])  # of fits: weights by set
+    fit: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # their options, by method
 
     def __post_init__(self) -> None:
         for key in ("points", "at_once"):
