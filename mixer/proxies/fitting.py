@@ -21,8 +21,7 @@ from mixer.proxies import reference
 from mixer.proxies.methods import kinds, method_class
 from mixer.proxies.options import SwarmOptions
 from mixer.proxies.proposal import FitSetting, Proposal
-from mixer.proxies.swarm import TABLE
-from mixer.proxies.table import RunTable, read_table
+from mixer.proxies.table import TABLE, RunTable, read_table
 from mixer.run import RunConfig, make_prior, plan_length
 
 

@@ -5,6 +5,8 @@
     dirichlet   all mixtures alike: Dirichlet with 1 for every domain
     given       named by their weights
 
+CLIMB (arXiv 2504.13161), which chooses by what was measured before, is in `mixer.proxies.rounds`.
+
 Each answers an array of runs x domains in catalog order, the same one for the same catalog, options and seed. `olmix`,
 `dirichlet` and `given` ask for runs one after the other, so a larger swarm begins with the runs of the smaller one;
 `regmix` picks at random from all it has drawn, and has no such order.

@@ -17,8 +17,8 @@ OVERRIDES = (
 class SwarmOptions:
     """A proxy is a run of this configuration with a fixed mixture, without guard rails, otherwise as `overrides`."""
 
-    runs: int = 64  # made by the generator, beside those given
-    generator: Literal["regmix", "olmix", "dirichlet", "given"] = "regmix"  # given: none but those
+    runs: int = 64  # made by the generator, beside those given; climb has swarm.fit.climb.rounds instead
+    generator: Literal["regmix", "olmix", "dirichlet", "climb", "given"] = "regmix"  # given: none but those
     seed: int = 0  # of the generator
     given: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])  # name: weights; run first
     regmix: RegmixOptions = field(default_factory=RegmixOptions)
@@ -45,7 +45,7 @@ class SwarmOptions:
             raise ConfigError("cpus_per_run=0 and gpus_per_run=0; a proxy needs some of either. Set one above 0.")
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed={self.seed}; it must be 0 to 2**63 - 1.")
-        if not self.given and (self.generator == "given" or not self.runs):
+        if not self.given and (self.generator == "given" or not (self.runs or self.generator == "climb")):
             raise ConfigError(
                 f"generator={self.generator}, runs={self.runs} and nothing given: no proxy would run. Set runs and a "
                 "generator, or swarm.given.NAME.DOMAIN=WEIGHT."

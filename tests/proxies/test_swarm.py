@@ -18,7 +18,8 @@ from mixer.core.errors import ConfigError, ResumeError
 from mixer.core.rails import GuardRails
 from mixer.proxies import proxy
 from mixer.proxies.proxy import Outcome, run_proxy
-from mixer.proxies.swarm import FailedError, make_mixtures, options_of, run_swarm
+from mixer.proxies.rounds import make_mixtures
+from mixer.proxies.swarm import FailedError, options_of, run_swarm
 from mixer.proxies.table import read_table
 from mixer.proxies.tasks import Here, RayTasks, Tasks
 from mixer.run import RunConfig, open_rows
@@ -218,6 +219,29 @@ def test_a_swarm_grows_where_its_generator_allows(texts, tmp_path):
     assert large.table.runs == ("00000", "00001", "given-00000")
     same = large.table.take([run != "00001" for run in large.table.run_r])
     np.testing.assert_array_equal(same.loss_rs(), small.table.loss_rs())
+
+
+def test_rounds_of_climb_follow_from_what_was_measured_and_are_the_same_after_a_restart(texts, tmp_path):
+    more = ("swarm.generator=climb", "swarm.fit.climb={rounds: [3, 2], regressor: linear, num_draws: 200, num_top: 10, "
+            "num_best: 4}", "rails={}", "swarm.points=1")  # fmt: skip
+    whole = swarm(texts, tmp_path / "whole", *more)
+    assert (whole.ending, whole.progress.finished, whole.progress.runs) == ("finished", 5, 5)
+    assert whole.table.runs == tuple(f"{run:05}" for run in range(5))
+
+    def stop(run: str, kind: str, window: int | None) -> None:
+        if (run, kind) == ("00004", "window"):
+            raise OSError("in the second round")
+
+    seen = []
+    with pytest.raises(FailedError, match=r"1 of 5 proxies failed .*00004: OSError: in the second round"):
+        swarm(texts, tmp_path / "cut", *more, tasks=Disturbed(stop), on_progress=seen.append)
+    assert [one.finished for one in seen] == [0, 1, 2, 3, 3, 4, 4]
+    again = swarm(texts, tmp_path / "cut", *more)
+    assert again.path.read_bytes() == whole.path.read_bytes()
+    # The later mixtures lie where the law of the first three says that the target's loss is least.
+    last = whole.table.at(1.0)
+    slope_d = np.linalg.lstsq(last.weights_rd[:3], last.losses["target/sums"][:3], rcond=None)[0]
+    assert (last.weights_rd[3:] @ slope_d).max() < (last.weights_rd[:3] @ slope_d).mean()
 
 
 @pytest.mark.parametrize(
