@@ -152,26 +152,28 @@ def fit(config: RunConfig, method: str, source: Path | None, out: Path | None) -
 
 
 def table_lines(found: RunTable, width: int) -> list[str]:
-    """Every run at its end: losses first, then as many weights as there is room for."""
+    """Every run at its end, in as many columns as there is room for: targets, domains that vary most, other sets."""
     last = found.at(max(found.points, default=1.0))
-    spread = sorted(last.domains, key=lambda name: -float(last.weights_rd[:, last.domains.index(name)].std()))
-    domains = sorted(spread[: max(1, min(SHOWN, width // 12))])
-    heads = ["run", "tokens", *last.sets, *domains]
-    lines = [
-        [
-            run,
-            f"{int(last.tokens_r[row]):,}",
-            *(f"{float(last.losses[name][row]):.4f}" for name in last.sets),
-            *(f"{float(last.weights_rd[row, last.domains.index(name)]):.3f}" for name in domains),
-        ]
-        for row, run in enumerate(last.run_r)
-    ]
+    spread_d = last.weights_rd.std(axis=0) if len(last) else last.weights_rd.sum(axis=0)
+    varied = [last.domains[place] for place in sorted(range(len(last.domains)), key=lambda place: -spread_d[place])]
+    targets = [name for name in last.sets if name.startswith("target/")]
+    wanted = [*targets, *varied[:SHOWN], *(name for name in last.sets if name not in targets), *varied[SHOWN:]]
+    runs = ["run", *last.run_r]
+    columns = [runs, ["tokens", *(f"{tokens:,}" for tokens in last.tokens_r.tolist())]]
+    left = width - sum(max(map(len, column)) + 2 for column in columns)
+    for name in wanted:
+        if name in last.losses:
+            column = [name, *(f"{loss:.4f}" for loss in last.losses[name].tolist())]
+        else:
+            column = [name, *(f"{weight:.3f}" for weight in last.weights_rd[:, last.domains.index(name)].tolist())]
+        left -= max(map(len, column)) + 2
+        if left < 0 and len(columns) > 2:
+            break
+        columns.append(column)
     points = ", ".join(f"{point:.3g}" for point in found.points)
-    more = f", {len(domains)} of {len(last.domains)} domains shown" if len(domains) < len(last.domains) else ""
-    return [
-        f"{len(found.runs)} runs, {found.quantity} at {points} of their tokens{more}",
-        *table(heads, lines, words=(0,)),
-    ]
+    more = f"; {len(columns) - 2} of {len(wanted)} columns fit" if len(columns) - 2 < len(wanted) else ""
+    heads, *lines = zip(*columns, strict=True)
+    return [f"{len(found.runs)} runs, {found.quantity} at {points} of their tokens{more}", *table(heads, lines)]
 
 
 if __name__ == "__main__":

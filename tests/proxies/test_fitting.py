@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jobs.swarm import main
+from jobs.swarm import main, table_lines
 from mixer.config import load, save
 from mixer.core.errors import ConfigError, DataError
 from mixer.core.mixture import Mixture
@@ -165,13 +165,24 @@ def test_a_table_of_predicted_influence_is_fitted_by_what_reads_it(texts, tmp_pa
     assert weights["greek"] > 0.4 and weights["noise"] < 1 / 3
 
 
-def test_a_table_is_shown_with_the_domains_that_vary_most(tmp_path, capsys):
-    table = table_of(4)
-    write_table(tmp_path / "swarm.parquet", table)
+def test_a_table_is_shown_in_the_columns_that_there_is_room_for():
+    found = table_of(4)
+    head, names, first, *_ = table_lines(found, 200)
+    assert head == "4 runs, loss at 1 of their tokens"
+    assert names.split()[:3] == ["run", "tokens", "target/sums"] and names.split()[-1] == "validation/counting"
+    assert sorted(names.split()[3:6]) == list(NAMES)
+    row = dict(zip(names.split(), first.split(), strict=True))
+    assert row["run"] == "00000" and row["tokens"] == "3,072"
+    assert row["target/sums"] == f"{found.losses['target/sums'][0]:.4f}"
+    assert row["greek"] == f"{found.weights_rd[0, 1]:.3f}"
+    spread = found.weights_rd.std(axis=0)
+    assert names.split()[3] == NAMES[int(np.argmax(spread))]
+    narrow = table_lines(found, 42)
+    assert narrow[0] == "4 runs, loss at 1 of their tokens; 2 of 5 columns fit"
+    assert all(len(line) <= 42 for line in narrow[1:]) and narrow[1].split() == names.split()[:4]
+
+
+def test_a_table_is_printed(tmp_path, capsys):
+    write_table(tmp_path / "swarm.parquet", table_of(4))
     assert main(["--show", str(tmp_path / "swarm.parquet")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "4 runs, loss at 1 of their tokens"
-    assert lines[1].split() == ["run", "tokens", "target/sums", "validation/counting", *NAMES]
-    row = lines[2].split()
-    assert row[:3] == ["00000", "3,072", f"{table.losses['target/sums'][0]:.4f}"]
-    assert row[4:] == [f"{weight:.3f}" for weight in table.weights_rd[0]]
+    assert "target/sums" in capsys.readouterr().out
