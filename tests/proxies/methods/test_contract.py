@@ -52,6 +52,7 @@ def course(kind, runs=48, seed=0):
         run_r=tuple(f"run-{run:03d}" for run in range(runs) for _ in range(2)),
         progress_r=progress_r,
         tokens_r=np.tile([500, 1000], runs),
+        quantity="influence" if method_class(kind).READS == "influence" else "loss",
     )
 
 

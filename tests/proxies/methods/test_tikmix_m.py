@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mixer.core.errors import ConfigError
+from mixer.core.errors import ConfigError, DataError
 from mixer.proxies.methods.tikmix_m import TikmixM
 from tests.proxies.worlds import setting_of, table_of, weights_of
 
@@ -12,7 +14,7 @@ BENEFIT = np.array([[1.0, 0.1], [0.2, 0.9], [0.5, 0.3]])  # of domains on two se
 
 def influence(weights_rd, scale=(1.0, 1.0)):
     gain = weights_rd @ BENEFIT * np.array(scale)
-    return table_of(NAMES, weights_rd, {"target/x": -gain[:, 0], "target/y": -gain[:, 1]})
+    return table_of(NAMES, weights_rd, {"target/x": -gain[:, 0], "target/y": -gain[:, 1]}, quantity="influence")
 
 
 def proposed(method, setting, scale=(1.0, 1.0)):
@@ -65,10 +67,18 @@ def test_where_nothing_is_better_the_start_is_the_answer():
     method = TikmixM(regressor="linear", num_draws=500, num_best=8)
     weights_rd = method.candidates(setting)
     gain = weights_rd @ np.array([1.0, -1.0, 0.0])
-    table = table_of(NAMES, weights_rd, {"target/x": -gain, "target/y": gain})  # what one wins the other loses
+    table = table_of(
+        NAMES, weights_rd, {"target/x": -gain, "target/y": gain}, quantity="influence"
+    )  # what one wins the other loses
     proposal = method.propose(table, setting)
     assert weights_of(proposal, NAMES).tolist() == pytest.approx(PRIOR.tolist(), abs=1e-15)
     assert "no mixture is predicted to be better than the start, which is the answer" in proposal.notes
+
+
+def test_losses_are_not_taken_for_influence():
+    table = influence(TikmixM().candidates(setting_of(NAMES, PRIOR)))
+    with pytest.raises(DataError, match="the table holds loss, not influence"):
+        TikmixM().propose(replace(table, quantity="loss"), setting_of(NAMES, PRIOR))
 
 
 def test_options_that_make_no_sense_are_refused():
