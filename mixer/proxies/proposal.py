@@ -32,11 +32,14 @@ class FitSetting:
     caps: Mapping[str, float] = field(default_factory=dict[str, float])
     targets: Mapping[str, float] = field(default_factory=dict[str, float])  # weights by set; none: see `Evidence`
     seed: int = 0
+    folds: int = 5  # parts of the runs that are left out in turn to see how well unseen ones are ranked; 0: do not look
     cap_d: Floats = field(init=False)  # each domain's largest weight
 
     def __post_init__(self) -> None:
         if self.planned_rows is not None and self.planned_rows < 1:
             raise ConfigError(f"planned_rows={self.planned_rows}; a run needs at least 1.")
+        if self.folds < 0 or self.folds == 1:
+            raise ConfigError(f"folds={self.folds}; it needs to be 0 (no cross-validation) or at least 2.")
         for name, weight in self.targets.items():
             if not 0 <= weight < np.inf:
                 raise ConfigError(f"targets.{name}={weight!r}; a target's weight needs to be a number >= 0.")

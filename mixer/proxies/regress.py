@@ -1,7 +1,7 @@
 """Regressions from mixtures to losses, one for each set, and how well they rank runs that they have not seen.
 
-The rank correlation is Spearman's, of all runs' losses with predictions by fits that left them out (`FOLDS` parts,
-drawn by the seed). It is what a mixture search needs: the order of mixtures, not their losses.
+The rank correlation is Spearman's, of all runs' losses with predictions by fits that left them out (in as many parts
+as there are folds, drawn by the seed). A search for mixtures needs their order, not their losses.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,6 @@ from mixer.proxies.trees import fit_trees
 
 Floats = NDArray[np.float64]
 
-FOLDS = 5
 REGRESSORS: Mapping[str, Callable[[Floats, Floats, int], Law]] = {
     "lightgbm": lambda weights_rd, loss_r, seed: fit_trees(weights_rd, loss_r, seed=seed),
     "exp_linear": lambda weights_rd, loss_r, seed: fit_exp_linear(weights_rd, loss_r, seed=seed),
@@ -51,14 +50,14 @@ class Fits:
         return {name: float(loss_r[0]) for name, loss_r in self.predict(weights_d[None, :]).items()}
 
 
-def fit(found: Evidence, regressor: str, seed: int, *, validated: bool = True) -> Fits:
+def fit(found: Evidence, regressor: str, seed: int, *, folds: int = 0) -> Fits:
     check_regressor(regressor)
     laws = {name: _law(regressor, found.weights_rd, loss_r, seed) for name, loss_r in found.losses.items()}
     ranks: dict[str, float] = {}
     notes = list(found.notes)
-    if validated:
+    if folds:
         for name, loss_r in found.losses.items():
-            ranks[name] = cross_validated(regressor, found.weights_rd, loss_r, seed)
+            ranks[name] = cross_validated(regressor, found.weights_rd, loss_r, seed, folds)
         known = [rank for rank in ranks.values() if np.isfinite(rank)]
         text = f"{regressor} over {len(found.weights_rd)} runs: "
         if known:
@@ -68,18 +67,18 @@ def fit(found: Evidence, regressor: str, seed: int, *, validated: bool = True) -
     return Fits(laws=laws, targets=found.targets, rank_correlation=ranks, notes=tuple(notes))
 
 
-def cross_validated(regressor: str, weights_rd: Floats, loss_r: Floats, seed: int) -> float:
+def cross_validated(regressor: str, weights_rd: Floats, loss_r: Floats, seed: int, folds: int = 5) -> float:
     """NaN where the runs are too few, or all alike."""
     predicted_r = np.full(len(loss_r), np.nan)
     order = np.random.default_rng([seed, 0x666F6C]).permutation(len(loss_r))
-    for part in range(FOLDS):
-        out = order[part::FOLDS]
+    for part in range(folds):
+        out = order[part::folds]
         kept = np.setdiff1d(order, out)
         if not out.size:
             return float("nan")
         try:
             law = _law(regressor, weights_rd[kept], loss_r[kept], seed)
-        except DataError:  # enough runs for the fit, but not without a fifth of them
+        except DataError:  # enough runs for the fit, but not without a part of them
             return float("nan")
         predicted_r[out] = law.predict(weights_rd[out])
     return spearman(predicted_r, loss_r)

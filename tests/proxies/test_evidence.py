@@ -86,6 +86,8 @@ def test_the_caps_of_a_setting_are_those_of_the_guard_rails():
     assert setting_of(NAMES, rows=rows, max_epochs=2, caps={"c": 0.9}).cap_d.tolist() == [1.0, 1.0, 0.9]
     with pytest.raises(InfeasibleError, match="max_epochs=2"):
         setting_of(NAMES, rows=rows, planned_rows=4000, max_epochs=2)
+    with pytest.raises(ConfigError, match="folds=1"):
+        setting_of(NAMES, folds=1)
     with pytest.raises(ConfigError, match="planned_rows=0"):
         setting_of(NAMES, planned_rows=0)
     with pytest.raises(ConfigError, match=r"targets.target/x=-1"):

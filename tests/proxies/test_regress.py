@@ -51,7 +51,7 @@ def test_the_fitted_law_has_the_true_minimum():
     for seed in range(3):
         world = ExpWorld.drawn(seed, domains=8)
         setting = world.setting(caps=dict(zip(world.names, np.minimum(1.0, 4 * world.prior_d), strict=True)))
-        fits = fit(evidence(world.table(64, seed), setting), "exp_linear", 0, validated=False)
+        fits = fit(evidence(world.table(64, seed), setting), "exp_linear", 0)
         found = minimum(fits, setting).weights_d
         assert np.abs(found - world.minimum(setting.cap_d)).sum() < 0.02
 
@@ -67,7 +67,7 @@ def test_cross_validation_judges_by_runs_that_were_left_out():
 
 def test_too_few_runs_to_leave_some_out_are_fitted_and_noted():
     world = ExpWorld.drawn(0, domains=6, targets=1)
-    fits = fit(evidence(world.table(8), world.setting()), "exp_linear", 0)
+    fits = fit(evidence(world.table(8), world.setting()), "exp_linear", 0, folds=5)
     assert np.isnan(fits.rank_correlation["target/0"])
     assert fits.notes[-1].startswith("exp_linear over 8 runs: too few to leave some out")
 
@@ -76,7 +76,7 @@ def test_a_set_that_never_varies_is_a_constant():
     world = ExpWorld.drawn(0, domains=4, targets=2)
     table = world.table(20)
     table.losses["target/1"][:] = 2.5
-    fits = fit(evidence(table, world.setting()), "exp_linear", 0)
+    fits = fit(evidence(table, world.setting()), "exp_linear", 0, folds=3)
     assert fits.predict(table.weights_rd)["target/1"].tolist() == [2.5] * 20
     assert np.isnan(fits.rank_correlation["target/1"])
     assert fits.rank_correlation["target/0"] > 0.99

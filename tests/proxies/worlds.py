@@ -37,6 +37,7 @@ def table_of(names: Sequence[str], weights_rd: Floats, losses: dict[str, Floats]
         tokens_r=columns.get("tokens_r", np.full(runs, 1 << 20, dtype=np.int64)),
         weights_rd=np.asarray(weights_rd, dtype=np.float64),
         losses=losses,
+        quantity=columns.get("quantity", "loss"),
     )
 
 

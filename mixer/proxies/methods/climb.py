@@ -3,8 +3,9 @@
 `next_mixtures` names the mixtures of a round. The first are drawn from Dirichlet distributions around the tempered
 prior, with strengths from 0.1 to 5. For every later one the regressor is fitted to all runs so far, `num_draws`
 mixtures are ranked by it, and the round's are chosen at random among the `num_top` best, no two nearer than
-`least_distance` to each other or to a run. `propose` answers with the predictor's best: the mean of the `num_best` of
-them. Rounds of 64, 32 and 16 runs, as we remember the paper; how it draws and chooses is ours.
+`least_distance` to each other or to a run; where these are too few, the next best follow. `propose` answers with the
+predictor's best: the mean of the `num_best` of them. Rounds of 64, 32 and 16 runs, as we remember the paper; how it
+draws and chooses is ours.
 
 In later rounds candidates are half of them drawn around the prior again and half around the best runs so far
 (Dirichlet, concentrations of 10 to 300), as the predictor's best lie where few draws around the prior fall.
@@ -57,19 +58,21 @@ class Climb:
             number = int(np.searchsorted(np.cumsum(self.rounds), done, side="right"))
         if not 0 <= number < len(self.rounds):
             raise ConfigError(
-                f"round {number} of {len(self.rounds)}: {done} runs of {sum(self.rounds)} are done already."
+                f"round {number} of {len(self.rounds)}: {done} runs of {sum(self.rounds)} are done already. "
+                "Propose, or plan another round."
             )
         rng = np.random.default_rng([setting.seed, 0x636C69, number])
         if table is None or not done:
-            return self._apart(rng, self._first(rng, setting, 20 * self.rounds[0]), np.empty((0, 0)), self.rounds[0])
+            return self._apart(self._first(rng, setting, 20 * self.rounds[0]), np.empty((0, 0)), self.rounds[0])
         found = evidence(table, setting)
-        top_rd = self._ranked(rng, found, setting, self.num_top)[0]
-        return self._apart(rng, top_rd[rng.permutation(len(top_rd))], found.weights_rd, self.rounds[number])
+        ranked_rd = self._ranked(rng, found, setting, max(self.num_draws // 4, self.num_top))[0]
+        order = np.concatenate([rng.permutation(self.num_top), np.arange(self.num_top, len(ranked_rd))])
+        return self._apart(ranked_rd[order], found.weights_rd, self.rounds[number])
 
     def propose(self, table: RunTable, setting: FitSetting) -> Proposal:
         found = evidence(table, setting)
         rng = np.random.default_rng([setting.seed, 0x636C69, len(self.rounds)])
-        best_rd, fits = self._ranked(rng, found, setting, self.num_best, validated=True)
+        best_rd, fits = self._ranked(rng, found, setting, self.num_best, folds=setting.folds)
         weights_d = setting.within(best_rd.mean(axis=0))
         missing = sum(self.rounds) - len(set(table.run_r))
         notes = [f"{missing} of {sum(self.rounds)} runs are not done yet"] * (missing > 0)
@@ -87,9 +90,9 @@ class Climb:
         return draws.within_caps(draws.dirichlet(rng, strength_r[:, None] * tempered_d), setting.cap_d, setting.prior_d)
 
     def _ranked(
-        self, rng: np.random.Generator, found: Evidence, setting: FitSetting, count: int, validated: bool = False
+        self, rng: np.random.Generator, found: Evidence, setting: FitSetting, count: int, folds: int = 0
     ) -> tuple[Floats, regress.Fits]:
-        fits = regress.fit(found, self.regressor, 42, validated=validated)
+        fits = regress.fit(found, self.regressor, 42, folds=folds)
         best = np.argsort(found.total(found.losses), kind="stable")[:PARENTS]
         parents_pd = draws.within_caps(found.weights_rd[best], setting.cap_d, setting.prior_d)
 
@@ -104,7 +107,7 @@ class Climb:
 
         return draws.best_draws(draw, fits.total, num_draws=self.num_draws, num_best=count)[0], fits
 
-    def _apart(self, rng: np.random.Generator, from_rd: Floats, known_rd: Floats, count: int) -> Floats:
+    def _apart(self, from_rd: Floats, known_rd: Floats, count: int) -> Floats:
         """The first `count` that keep their distance; if there are not as many, nearer ones after them."""
         kept: list[Floats] = [] if not known_rd.size else list(known_rd)
         chosen, near = [], []

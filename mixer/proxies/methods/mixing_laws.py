@@ -40,7 +40,7 @@ class MixingLaws:
     def propose(self, table: RunTable, setting: FitSetting) -> Proposal:
         if self.horizon > 1.0:
             table = carried_on(table, setting, self.horizon)
-        fits = regress.fit(evidence(table, setting), "exp_linear", setting.seed)
+        fits = regress.fit(evidence(table, setting), "exp_linear", setting.seed, folds=setting.folds)
         found = minimum(fits, setting)
         weights_d = setting.within(found.weights_d)
         notes = (*fits.notes, f"at most {found.gap:.1e} above the fitted laws' minimum", *setting.at_caps(weights_d))

@@ -71,7 +71,7 @@ class Olmix:
         found = evidence(table, setting)
         if self.proposer == "search":
             return _best_trained(table, setting)
-        fits = regress.fit(found, self.regressor, setting.seed)
+        fits = regress.fit(found, self.regressor, setting.seed, folds=setting.folds)
         notes = list(fits.notes)
         if self.proposer == "exact":
             least = minimum(fits, setting, self.kl)
@@ -160,6 +160,7 @@ class Bundle:
             caps=caps,
             targets=setting.targets,
             seed=setting.seed,
+            folds=setting.folds,
         )
         return cls(table=wide, setting=outer, inner=setting, places=places)
 

@@ -37,7 +37,7 @@ class Regmix:
             raise ConfigError(f"strength={self.strength!r}; it needs to be above 0.")
 
     def propose(self, table: RunTable, setting: FitSetting) -> Proposal:
-        fits = regress.fit(evidence(table, setting), self.regressor, self.regressor_seed)
+        fits = regress.fit(evidence(table, setting), self.regressor, self.regressor_seed, folds=setting.folds)
         return self.simulate(fits, setting)
 
     def simulate(self, fits: regress.Fits, setting: FitSetting) -> Proposal:

@@ -47,7 +47,8 @@ class RegmixD:
         ranks: dict[str, float] = {}
         notes: list[str] = []
         for begin, end in zip((0.0, *points), points, strict=False):
-            fits = regress.fit(evidence(table, setting, progress=end), self.regressor, regmix.regressor_seed)
+            found_here = evidence(table, setting, progress=end)
+            fits = regress.fit(found_here, self.regressor, regmix.regressor_seed, folds=setting.folds)
             stage = regmix.simulate(fits, setting)
             found.append(ProposedStage(at=begin, weights=stage.weights, predicted=stage.predicted))
             ranks |= {f"{name} at {end:.3g}": rank for name, rank in stage.rank_correlation.items()}

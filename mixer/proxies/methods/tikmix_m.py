@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mixer.core.errors import ConfigError
+from mixer.core.errors import ConfigError, DataError
 from mixer.proxies import draws, regress
 from mixer.proxies.evidence import evidence
 from mixer.proxies.proposal import FitSetting, Proposal, by_name
@@ -63,8 +63,13 @@ class TikmixM:
         return np.concatenate([centre_d[None, :], draws.within_caps(drawn_rd, setting.cap_d, setting.prior_d)])
 
     def propose(self, table: RunTable, setting: FitSetting) -> Proposal:
+        if table.quantity != "influence":
+            raise DataError(
+                f"the table holds {table.quantity}, not influence. Less is better in both, but here nothing is trained. "
+                "Give it a table of influence, or propose with regmix."
+            )
         found = evidence(table, setting)
-        fits = regress.fit(found, self.regressor, 42)
+        fits = regress.fit(found, self.regressor, 42, folds=setting.folds)
         start_d = setting.within(setting.prior_d)
         unit = {name: float(np.std(loss_r)) or 1.0 for name, loss_r in found.losses.items()}
         start = fits.at(start_d)

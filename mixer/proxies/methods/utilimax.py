@@ -35,7 +35,7 @@ class Utilimax:
             raise ConfigError(f"risk={self.risk!r}; it needs to be 0 or more.")
 
     def propose(self, table: RunTable, setting: FitSetting) -> Proposal:
-        fits = regress.fit(evidence(table, setting), "linear", setting.seed)
+        fits = regress.fit(evidence(table, setting), "linear", setting.seed, folds=setting.folds)
         utility_d = np.zeros(len(setting.names))
         for name, law in fits.laws.items():
             if isinstance(law, Linear):
