@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixer.config import load
+from mixer.config import load, shipped
 from mixer.control.fence import Fence
 from mixer.control.journal import read_journal
 from mixer.control.rundir import load_schedule
 from mixer.core.errors import ConfigError, ResumeError
 from mixer.core.rails import GuardRails
 from mixer.proxies import proxy
-from mixer.proxies.proxy import Outcome, run_proxy
+from mixer.proxies.proxy import Outcome, proxy_of, run_proxy
 from mixer.proxies.rounds import make_mixtures
 from mixer.proxies.swarm import FailedError, options_of, run_swarm
 from mixer.proxies.table import read_table
 from mixer.proxies.tasks import Here, RayTasks, Tasks
 from mixer.run import RunConfig, open_rows
+from tests.core.policies.making import make_catalog
 from tests.proxies.making import POINTS, RUNS, WINDOWS, Disturbed, config_of, tokens
 
 NAMES = ("counting", "greek", "noise")
@@ -259,6 +260,17 @@ def test_what_is_no_swarm_is_refused(texts, tmp_path, overrides, words):
     with pytest.raises(ConfigError, match=words):
         swarm(texts, tmp_path / "none", *overrides)
     assert not (tmp_path / "none").exists()
+
+
+def test_the_shipped_section_fits_the_demo():
+    config = load(RunConfig, [shipped() / "demo.yaml", shipped() / "swarm" / "demo.yaml"])
+    catalog = make_catalog(*[1000] * 8)
+    proxy = proxy_of(config, options_of(config), catalog)
+    assert (proxy.train.windows, proxy.evaluation.every_windows, proxy.checkpoint.every_windows) == (12, 3, 3)
+    assert (proxy.model.dim, proxy.optimizer.rate.peak, proxy.optimizer.rate.warmup_steps) == (48, 0.003, 8)
+    assert (proxy.rails, proxy.swarm, proxy.corpus.path) == (GuardRails(), None, "data/demo/train")
+    by_tokens = load(RunConfig, [shipped() / "demo.yaml"], ["swarm.overrides.train.tokens=49152", "swarm.points=1"])
+    assert proxy_of(by_tokens, options_of(by_tokens), catalog).train.windows is None
 
 
 # ---- on Ray ----------------------------------------------------------------------------------------------
