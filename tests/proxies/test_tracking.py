@@ -1,12 +1,7 @@
 """At the tracker a swarm is one run, and its proxies are runs under it."""
 
-import json
-import logging
-
 import pytest
 
-from mixer.control.parent import ParentRun
-from mixer.control.tracker import TrackerOptions
 from mixer.core.errors import MixerError
 from mixer.proxies.proxy import Outcome, run_proxy
 from mixer.proxies.swarm import run_swarm
@@ -55,28 +50,3 @@ def test_proxies_are_nested_under_one_run_however_often_it_is_started(texts, tmp
         assert run.data.tags["mixer.proxy"] == name.removeprefix("s/")
         assert run.info.status == "FINISHED"
         assert {"eval/target/sums/loss", "weight/greek"} <= run.data.metrics.keys()
-
-
-def test_a_parent_whose_creation_was_never_answered_is_found_again(tmp_path, store):
-    uri, _, _ = store()
-    options = TrackerOptions(uri=uri)
-    folder = tmp_path / "s"
-    folder.mkdir()
-    run_id = ParentRun(options, folder, {"mixer.kind": "swarm"}).run_id
-    noted = json.loads((folder / "tracker.json").read_text())
-    assert noted["run_id"] == run_id
-    (folder / "tracker.json").write_text(json.dumps(noted | {"run_id": None}))
-    assert ParentRun(options, folder, {"mixer.kind": "swarm"}).run_id == run_id
-    assert len(store()[2]) == 1
-    other = TrackerOptions(uri=f"sqlite:///{tmp_path / 'other.db'}")
-    assert ParentRun(other, folder, {}).run_id not in (None, run_id)
-
-
-def test_a_tracker_that_is_away_stops_nothing(tmp_path, caplog):
-    options = TrackerOptions(uri="http://127.0.0.1:1/", timeout_s=1.0)
-    with caplog.at_level(logging.WARNING):
-        parent = ParentRun(options, tmp_path, {})
-        parent.close("FINISHED", (tmp_path / "nothing",))
-    assert parent.run_id is None
-    assert "does not take the run" in caplog.text and str(tmp_path) in caplog.text
-    assert ParentRun(TrackerOptions(kind="none"), tmp_path, {}).run_id is None
