@@ -198,6 +198,20 @@ def test_a_proxy_that_fails_is_named_and_left_out(texts, whole, tmp_path):
     assert swarm(texts, tmp_path).path.read_bytes() == whole.path.read_bytes()
 
 
+def test_a_task_that_runs_again_after_its_result_is_written_does_nothing(texts, tmp_path):
+    """As Ray runs it again whose process dies between the last write and the answer."""
+
+    def twice(task, *, rows):
+        assert run_proxy(task, rows=rows) == Outcome("finished")
+        before = (task.config.run.folder / "result.json").stat().st_mtime_ns
+        seen = []
+        assert run_proxy(task, rows=rows, on_record=seen.append) == Outcome("finished")
+        assert not seen and (task.config.run.folder / "result.json").stat().st_mtime_ns == before
+        return Outcome("finished")
+
+    assert swarm(texts, tmp_path, "swarm.runs=1", work=twice).ending == "finished"
+
+
 def test_an_evaluation_that_the_journal_lost_is_measured_again(texts, whole, tmp_path):
     def lose(run: str, kind: str, window: int | None) -> None:
         journal = tmp_path / "proxies" / run / "journal.jsonl"

@@ -65,7 +65,7 @@ class TikmixM:
     def propose(self, table: RunTable, setting: FitSetting) -> Proposal:
         if table.quantity != "influence":
             raise DataError(
-                f"the table holds {table.quantity}, not influence. Less is better in both, but here nothing is trained. "
+                f"the table holds {table.quantity}, not influence. Less is better in both, but of other things. "
                 "Give it a table of influence, or propose with regmix."
             )
         found = evidence(table, setting)
