@@ -5,11 +5,11 @@
     dirichlet   all mixtures alike: Dirichlet with 1 for every domain
     given       named by their weights
 
+CLIMB (arXiv 2504.13161), which chooses by what was measured before, is in `mixer.proxies.rounds`.
+
 Each answers an array of runs x domains in catalog order, the same one for the same catalog, options and seed. `olmix`,
 `dirichlet` and `given` ask for runs one after the other, so a larger swarm begins with the runs of the smaller one;
 `regmix` picks at random from all it has drawn, and has no such order.
-
-`climb` picks which of many drawn mixtures a next round trains, from what the rounds before it predict of them.
 """
 
 import math
@@ -300,22 +300,6 @@ def given(catalog: Catalog, mixtures: Mapping[str, Mapping[str, float]]) -> Floa
         except ConfigError as error:
             raise ConfigError(f"swarm.given.{name}: {error}") from error
     return np.array(rows).reshape(len(rows), len(catalog))
-
-
-def climb(pool_rd: Floats, predicted_r: Floats, runs: int, top: int, seed: int) -> NDArray[np.int64]:
-    """Which of a pool a round of CLIMB (arXiv 2504.13161) trains: `runs` at random of the `top` predicted best.
-
-    `predicted_r` is what the rounds before it predict, less being better. The counts of a round (64, 32, 16 runs) and
-    how large pool and top are, are not known to us from the paper. Predictions that are no numbers are the worst.
-    """
-    if not 0 < runs <= top <= len(pool_rd) or predicted_r.shape != (len(pool_rd),):
-        raise ConfigError(
-            f"runs={runs}, top={top} of a pool of {len(pool_rd)} with {predicted_r.shape} predictions; needed "
-            "0 < runs <= top <= pool, and a prediction for each."
-        )
-    order = np.argsort(np.where(np.isnan(predicted_r), np.inf, predicted_r), kind="stable")
-    rng = np.random.default_rng([seed, key_of("climb")])
-    return order[np.sort(rng.choice(top, size=runs, replace=False))]
 
 
 def normalised(weights_rd: Floats) -> Floats:

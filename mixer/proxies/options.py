@@ -17,8 +17,8 @@ OVERRIDES = (
 class SwarmOptions:
     """A proxy is a run of this configuration with a fixed mixture, without guard rails, otherwise as `overrides`."""
 
-    runs: int = 64  # made by the generator, beside those given
-    generator: Literal["regmix", "olmix", "dirichlet", "given"] = "regmix"  # given: none but those
+    runs: int = 64  # made by the generator, beside those given; climb has swarm.fit.climb.rounds instead
+    generator: Literal["regmix", "olmix", "dirichlet", "climb", "given"] = "regmix"  # given: none but those
     seed: int = 0  # of the generator
     given: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])  # name: weights; run first
     regmix: RegmixOptions = field(default_factory=RegmixOptions)
@@ -31,6 +31,8 @@ class SwarmOptions:
     max_retries: int = 3  # of a proxy whose process died or failed; it goes on from its newest checkpoint
     keep_checkpoints: bool = False  # of proxies that are finished
     overrides: dict[str, Any] = field(default_factory=dict[str, Any])  # sections of the configuration, for proxies
+    targets: dict[str, float] = field(default_factory=dict[str, float])  # of fits: weights by set
+    fit: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # their options, by method
 
     def __post_init__(self) -> None:
         for key in ("points", "at_once"):
@@ -43,7 +45,7 @@ class SwarmOptions:
             raise ConfigError("cpus_per_run=0 and gpus_per_run=0; a proxy needs some of either. Set one above 0.")
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed={self.seed}; it must be 0 to 2**63 - 1.")
-        if not self.given and (self.generator == "given" or not self.runs):
+        if not self.given and (self.generator == "given" or not (self.runs or self.generator == "climb")):
             raise ConfigError(
                 f"generator={self.generator}, runs={self.runs} and nothing given: no proxy would run. Set runs and a "
                 "generator, or swarm.given.NAME.DOMAIN=WEIGHT."

@@ -70,10 +70,10 @@ class Outcome:
 def proxy_of(config: RunConfig, options: SwarmOptions, catalog: Catalog) -> RunConfig:
     """What all proxies share: the configuration with the overrides, and what makes it a proxy."""
     plain = configs.to_plain(config)
-    overrides = {key: value for key, value in options.overrides.items() if value is not None}
-    if any(key in overrides.get("train", {}) for key in LENGTH):
+    train = options.overrides.get("train")
+    if isinstance(train, Mapping) and any(train.get(key) is not None for key in LENGTH):
         plain["train"] |= dict.fromkeys(LENGTH)
-    if "model" in overrides:
+    if "model" in options.overrides:
         plain["pretrained"] = None
     plain |= {"rails": configs.to_plain(GuardRails()), "policy": {"kind": "fixed"}, "prior": "natural"}
     plain |= {"prepare": None, "swarm": None}

@@ -9,7 +9,7 @@
 The same command goes on with what is missing. Nothing that is finished is done again; a proxy that was cut off goes on
 from its newest checkpoint; the table has the same bytes whatever was killed and when. What a proxy is depends on the
 configuration, the corpus and its mixture alone, so a larger swarm may be asked for later where its generator begins
-with the same mixtures (all but regmix do).
+with the same mixtures (regmix does not, nor does climb).
 """
 
 import json
@@ -33,18 +33,17 @@ from mixer.control.tracker import uri_of
 from mixer.core.catalog import Catalog
 from mixer.core.errors import ConfigError, DataError, MixerError
 from mixer.data.corpus import CatalogRows
-from mixer.proxies import mixtures
-from mixer.proxies.mixtures import normalised
 from mixer.proxies.options import SwarmOptions
 from mixer.proxies.proxy import RESULT, Outcome, Task, identity_of, only, proxy_of, read_result, run_proxy
-from mixer.proxies.table import RunTable, append, joined, read_table, write_table
+from mixer.proxies.rounds import num_runs, rounds
+from mixer.proxies.table import TABLE, RunTable, append, joined, read_table, write_table
 from mixer.proxies.tasks import Tasks
 from mixer.run import RunConfig
 from mixer.training.evaluation import Evaluator
 
 logger = logging.getLogger(__name__)
 
-TABLE, ABOUT, STOP, PROXIES = "swarm.parquet", "swarm.json", "stop", "proxies"
+ABOUT, STOP, PROXIES = "swarm.json", "stop", "proxies"
 NAMED = 5  # failed proxies that an error names
 
 
@@ -70,31 +69,6 @@ class FailedError(MixerError):
     """Proxies that failed, after all others are done."""
 
 
-def make_mixtures(options: SwarmOptions, catalog: Catalog) -> dict[str, NDArray[np.float64]]:
-    """The mixtures of a swarm by run, those given first; each sums to 1."""
-    given_rd, made_rd = mixtures.given(catalog, options.given), np.zeros((0, len(catalog)))
-    if options.generator == "regmix" and options.runs:
-        prior_d = catalog.num_rows_d / float(catalog.num_rows_d.sum())
-        made_rd = mixtures.regmix(prior_d, options.runs, options.regmix, options.seed)
-    elif options.generator == "olmix" and options.runs:
-        earlier_rd = np.concatenate([_weights_of(Path(path), catalog) for path in options.earlier] + [given_rd])
-        made_rd = mixtures.olmix(catalog, options.runs, options.olmix, options.seed, earlier_rd)
-    elif options.generator == "dirichlet":
-        made_rd = mixtures.dirichlet(len(catalog), options.runs, options.seed)
-    made = {f"given-{number:05}": weights_d for number, weights_d in enumerate(normalised(given_rd))}
-    return made | {f"{number:05}": weights_d for number, weights_d in enumerate(normalised(made_rd))}
-
-
-def _weights_of(path: Path, catalog: Catalog) -> NDArray[np.float64]:
-    table = read_table(path)
-    if table.domains != catalog.names:
-        raise DataError(
-            f"swarm.earlier: {path} is about {', '.join(table.domains)}; this catalog has {', '.join(catalog.names)}. "
-            "Leave the table out."
-        )
-    return table.at(1.0).weights_rd
-
-
 # ---- the driver ----------------------------------------------------------------------------------------------
 
 
@@ -112,20 +86,26 @@ def run_swarm(
     proxies to save themselves and to end, a second one is a KeyboardInterrupt.
     """
     options = options_of(config)
-    weights_of = make_mixtures(options, rows.catalog)
-    proxy = proxy_of(config, options, rows.catalog)
-    identity = identity_of(proxy, options, rows, weights_of)
+    proxy, folder = proxy_of(config, options, rows.catalog), config.run.folder
+    coming = rounds(config, options, rows.catalog, folder / TABLE)
+    weights_of = next(coming)
     _require_sets(proxy, rows)
-    folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     fence = Fence(folder)
     try:
-        identity = _begin(folder, config, identity)
+        identity = _begin(folder, config, identity_of(proxy, options, rows, weights_of))
         (folder / STOP).unlink(missing_ok=True)
         parent = ParentRun(config.tracker, folder, {"mixer.kind": "swarm", "mixer.corpus": rows.corpus.fingerprint})
-        jobs = _jobs(config, proxy, identity, weights_of, rows.catalog, parent.run_id)
+        progress = Progress(0, 0, num_runs(options))
         try:
-            finish = _drive(folder, jobs, identity, tasks, partial(work, rows=rows), on_progress)
+            while True:
+                jobs = _jobs(config, proxy, identity, weights_of, rows.catalog, parent.run_id)
+                finish = _drive(folder, jobs, identity, tasks, partial(work, rows=rows), on_progress, progress)
+                following = next(coming, None) if finish.ending == "finished" else None
+                if following is None:
+                    break
+                weights_of, progress = following, finish.progress
+                identity = _begin(folder, config, identity_of(proxy, options, rows, weights_of))
         except BaseException as error:
             parent.close("FAILED" if isinstance(error, Exception) else "KILLED", _files(folder))
             raise
@@ -207,7 +187,9 @@ def _drive(
     tasks: Tasks,
     work: Callable[[Task], Outcome],
     on_progress: Callable[[Progress], None],
+    before: Progress,
 ) -> Finish:
+    """One round."""
     table = folder / TABLE
     known = set(read_table(table).runs) if table.exists() else set[str]()
     missing: list[Task] = []
@@ -219,7 +201,7 @@ def _drive(
         elif job.run not in known:
             missing.append(job)
     failed: dict[str, str] = {}
-    progress = Progress(len(jobs) - len(missing), 0, len(jobs))
+    progress = replace(before, finished=before.finished + len(jobs) - len(missing))
     on_progress(progress)
     with _stopping(folder / STOP):
         for number, outcome in tasks.run(work, missing, folder / STOP):
@@ -234,12 +216,12 @@ def _drive(
             if outcome.ending in ("failed", "lost"):
                 failed[job.run] = outcome.text
                 logger.warning("proxy %s %s: %s", job.run, outcome.ending, outcome.text)
-            done = sum(one.run in known for one in jobs)
-            progress = Progress(done, len(failed), len(jobs), f"{job.run} {outcome.ending}")
+            done = before.finished + sum(one.run in known for one in jobs)
+            progress = Progress(done, len(failed), before.runs, f"{job.run} {outcome.ending}")
             on_progress(progress)
     if failed:
-        raise _failed(failed, len(jobs), table)
-    ending = "finished" if progress.finished == len(jobs) else "stopped"
+        raise _failed(failed, before.runs, table)
+    ending = "finished" if progress.finished == before.finished + len(jobs) else "stopped"
     return Finish(ending, read_table(table) if table.exists() else None, table, progress)
 
 

@@ -38,6 +38,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Quantity = Literal["loss", "influence"]
 
+TABLE = "swarm.parquet"  # in a swarm's folder
 FORMAT = 1
 WEIGHT, LOSS = "weight/", "loss/"
 MIXTURES = "mixtures"  # the key of an identity whose value may grow

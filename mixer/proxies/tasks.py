@@ -70,7 +70,7 @@ class RayTasks:
                 while waiting and len(running) < most and not stop.exists():
                     number, job = waiting.pop()
                     running[task.remote(shared, job, options.gpus_per_run > 0)] = number
-                done, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_EVERY_S)
+                done = ray.wait(list(running), num_returns=1, timeout=LOOK_EVERY_S)[0] if running else []
                 for ref in done:
                     yield running.pop(ref), _outcome(ref)
         finally:

@@ -1,14 +1,12 @@
 """What the generators promise: of RegMix and Olmix, to the letter of their code; and the same again by seed."""
 
-import math
-
 import numpy as np
 import pytest
 
 from mixer.core.catalog import Catalog, Domain
 from mixer.core.errors import ConfigError
 from mixer.proxies import mixtures
-from mixer.proxies.mixtures import OlmixOptions, RegmixOptions, climb, dirichlet, given, normalised, olmix, regmix
+from mixer.proxies.mixtures import OlmixOptions, RegmixOptions, dirichlet, given, normalised, olmix, regmix
 from tests.core.policies.making import make_catalog
 
 # As skewed as the shares of the Pile's 17 domains.
@@ -188,16 +186,3 @@ def test_given_mixtures_are_taken_by_name_and_scaled():
     np.testing.assert_array_equal(found, [[0.25, 0.25, 0.5, 0, 0], [0.2] * 5])
     with pytest.raises(ConfigError, match=r"swarm.given.two: weights leave out 'b'"):
         given(SOURCES, {"two": {"a": 1.0}})
-
-
-def test_climb_picks_among_the_predicted_best():
-    pool = dirichlet(3, 50, 0)
-    predicted = pool[:, 0].copy()
-    predicted[np.argmin(predicted)] = math.nan  # no prediction, so not the best
-    best = np.argsort(np.where(np.isnan(predicted), np.inf, predicted))[:10]
-    picks = [climb(pool, predicted, 4, 10, seed) for seed in range(20)]
-    assert all(set(pick.tolist()) <= set(best.tolist()) and len(set(pick.tolist())) == 4 for pick in picks)
-    assert set(np.concatenate(picks).tolist()) == set(best.tolist())
-    np.testing.assert_array_equal(climb(pool, predicted, 10, 10, 0), best)
-    with pytest.raises(ConfigError, match=r"runs=4, top=3 of a pool of 50"):
-        climb(pool, predicted, 4, 3, 0)

@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixer.config import load
+from mixer.config import load, shipped
 from mixer.control.fence import Fence
 from mixer.control.journal import read_journal
 from mixer.control.rundir import load_schedule
 from mixer.core.errors import ConfigError, ResumeError
 from mixer.core.rails import GuardRails
 from mixer.proxies import proxy
-from mixer.proxies.proxy import Outcome, run_proxy
-from mixer.proxies.swarm import FailedError, make_mixtures, options_of, run_swarm
+from mixer.proxies.proxy import Outcome, proxy_of, run_proxy
+from mixer.proxies.rounds import make_mixtures
+from mixer.proxies.swarm import FailedError, options_of, run_swarm
 from mixer.proxies.table import read_table
 from mixer.proxies.tasks import Here, RayTasks, Tasks
 from mixer.run import RunConfig, open_rows
+from tests.core.policies.making import make_catalog
 from tests.proxies.making import POINTS, RUNS, WINDOWS, Disturbed, config_of, tokens
 
 NAMES = ("counting", "greek", "noise")
@@ -196,6 +198,20 @@ def test_a_proxy_that_fails_is_named_and_left_out(texts, whole, tmp_path):
     assert swarm(texts, tmp_path).path.read_bytes() == whole.path.read_bytes()
 
 
+def test_a_task_that_runs_again_after_its_result_is_written_does_nothing(texts, tmp_path):
+    """As Ray runs it again whose process dies between the last write and the answer."""
+
+    def twice(task, *, rows):
+        assert run_proxy(task, rows=rows) == Outcome("finished")
+        before = (task.config.run.folder / "result.json").stat().st_mtime_ns
+        seen = []
+        assert run_proxy(task, rows=rows, on_record=seen.append) == Outcome("finished")
+        assert not seen and (task.config.run.folder / "result.json").stat().st_mtime_ns == before
+        return Outcome("finished")
+
+    assert swarm(texts, tmp_path, "swarm.runs=1", work=twice).ending == "finished"
+
+
 def test_an_evaluation_that_the_journal_lost_is_measured_again(texts, whole, tmp_path):
     def lose(run: str, kind: str, window: int | None) -> None:
         journal = tmp_path / "proxies" / run / "journal.jsonl"
@@ -220,6 +236,29 @@ def test_a_swarm_grows_where_its_generator_allows(texts, tmp_path):
     np.testing.assert_array_equal(same.loss_rs(), small.table.loss_rs())
 
 
+def test_rounds_of_climb_follow_from_what_was_measured_and_are_the_same_after_a_restart(texts, tmp_path):
+    more = ("swarm.generator=climb", "swarm.fit.climb={rounds: [3, 2], regressor: linear, num_draws: 200, num_top: 10, "
+            "num_best: 4}", "rails={}", "swarm.points=1")  # fmt: skip
+    whole = swarm(texts, tmp_path / "whole", *more)
+    assert (whole.ending, whole.progress.finished, whole.progress.runs) == ("finished", 5, 5)
+    assert whole.table.runs == tuple(f"{run:05}" for run in range(5))
+
+    def stop(run: str, kind: str, window: int | None) -> None:
+        if (run, kind) == ("00004", "window"):
+            raise OSError("in the second round")
+
+    seen = []
+    with pytest.raises(FailedError, match=r"1 of 5 proxies failed .*00004: OSError: in the second round"):
+        swarm(texts, tmp_path / "cut", *more, tasks=Disturbed(stop), on_progress=seen.append)
+    assert [one.finished for one in seen] == [0, 1, 2, 3, 3, 4, 4]
+    again = swarm(texts, tmp_path / "cut", *more)
+    assert again.path.read_bytes() == whole.path.read_bytes()
+    # The later mixtures lie where the law of the first three says that the target's loss is least.
+    last = whole.table.at(1.0)
+    slope_d = np.linalg.lstsq(last.weights_rd[:3], last.losses["target/sums"][:3], rcond=None)[0]
+    assert (last.weights_rd[3:] @ slope_d).max() < (last.weights_rd[:3] @ slope_d).mean()
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -235,6 +274,17 @@ def test_what_is_no_swarm_is_refused(texts, tmp_path, overrides, words):
     with pytest.raises(ConfigError, match=words):
         swarm(texts, tmp_path / "none", *overrides)
     assert not (tmp_path / "none").exists()
+
+
+def test_the_shipped_section_fits_the_demo():
+    config = load(RunConfig, [shipped() / "demo.yaml", shipped() / "swarm" / "demo.yaml"])
+    catalog = make_catalog(*[1000] * 8)
+    proxy = proxy_of(config, options_of(config), catalog)
+    assert (proxy.train.windows, proxy.evaluation.every_windows, proxy.checkpoint.every_windows) == (12, 3, 3)
+    assert (proxy.model.dim, proxy.optimizer.rate.peak, proxy.optimizer.rate.warmup_steps) == (48, 0.003, 8)
+    assert (proxy.rails, proxy.swarm, proxy.corpus.path) == (GuardRails(), None, "data/demo/train")
+    by_tokens = load(RunConfig, [shipped() / "demo.yaml"], ["swarm.overrides.train.tokens=49152", "swarm.points=1"])
+    assert proxy_of(by_tokens, options_of(by_tokens), catalog).train.windows is None
 
 
 # ---- on Ray ----------------------------------------------------------------------------------------------
