@@ -1,7 +1,7 @@
 """The pictures of a run: what was asked and given, what was learnt, how fast, and what the policy thought."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from mixer.control.wording import short, shorten
 
 MOST_INTERNALS = 12
 MOST_MAPS = 4
+SIGMAS = 2.0  # below so many standard errors an influence is not shown as known
 MOST_MARKS = 12  # more would cover the picture
 INK_LOOK = Look(INK, "-", "")
 REST_LOOK = Look(REST, "-", "")
@@ -279,33 +280,46 @@ def influence(scene: Scene) -> Iterator[Picture]:
     if not maps:
         return
     chosen = sorted({round(i * (len(maps) - 1) / max(1, MOST_MAPS - 1)) for i in range(MOST_MAPS)})
-    most = max(
-        (abs(v) for i in chosen for line in maps[i]["matrix"].values() for v in line if v is not None), default=0
-    )
-    most = float(most) or 1.0  # one scale for all, so that they can be compared
     for number, one in enumerate(maps[i] for i in chosen):
         names = [name for name in (scene.names if scene.rest else scene.course.names) if name in one["matrix"]]
         targets = [str(target) for target in one["targets"]]
-        value_dt = np.array([[np.nan if v is None else float(v) for v in one["matrix"][name]] for name in names])
+        value_dt = _matrix(one["matrix"], names)
         if not np.isfinite(value_dt).any():
             continue
+        error_dt = _matrix(one.get("error", {}), names, like=value_dt)
+        with np.errstate(invalid="ignore", divide="ignore"):  # targets have units of their own
+            share_dt = value_dt / np.nanmax(np.abs(value_dt), axis=0)
         drawn, (axes,) = drawing.figure(height_in=max(2.4, 1.0 + 0.17 * len(names)))
-        mesh = axes.pcolormesh(value_dt, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors=GROUND, linewidth=0.5)
+        mesh = axes.pcolormesh(share_dt, cmap="PuOr_r", vmin=-1, vmax=1, edgecolors=GROUND, linewidth=0.5)
         axes.set_xticks(np.arange(len(targets)) + 0.5, [shorten(target) for target in targets], rotation=30,
                         ha="right")  # fmt: skip
         axes.set_yticks(np.arange(len(names)) + 0.5, [shorten(name) for name in names])
         axes.invert_yaxis()
         axes.grid(visible=False)
         if value_dt.size <= 96:
-            for (d, t), value in np.ndenumerate(value_dt):
-                dark = abs(value) > 0.62 * most
-                axes.text(t + 0.5, d + 0.5, f"{value:.2g}", ha="center", va="center", fontsize=6.5,
-                          color="#ffffff" if dark else "#22262b")  # fmt: skip
+            for (d, t), share in np.ndenumerate(share_dt):
+                unsure = abs(value_dt[d, t]) < SIGMAS * error_dt[d, t]
+                colour = SOFT if unsure else "#ffffff" if abs(share) > 0.62 else INK
+                axes.text(t + 0.5, d + 0.5, f"({share:.2f})" if unsure else f"{share:.2f}", ha="center", va="center",
+                          fontsize=6.5, color=colour)  # fmt: skip
         bar = drawn.colorbar(mesh, ax=axes, pad=0.02, aspect=30)
+        bar.ax.tick_params(labelsize=7)
         bar.outline.set_visible(False)  # type: ignore[union-attr]  # a colour bar always has one
-        drawing.entitle(axes, f"Influence at window {one.get('window')}")
-        caption = "How far a domain's gradient lowers each target's loss, to first order; more is better."
+        drawing.entitle(axes, f"Influence after window {one.get('window')}", "share of the target's largest")
+        caption = (
+            "How far a little more of each domain would lower each target's loss, to first order, as a share of what "
+            f"moves that target most; more is better. In brackets: within {SIGMAS:g} standard errors of nothing."
+        )
         yield drawing.finish(drawn, f"influence-{number}", caption)
+
+
+def _matrix(
+    lines: Mapping[str, Sequence[float | None]], names: Sequence[str], like: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """By name, as an array; of zeros as `like`, where nothing is known."""
+    if like is not None and any(name not in lines for name in names):
+        return np.zeros_like(like)
+    return np.array([[np.nan if v is None else float(v) for v in lines[name]] for name in names])
 
 
 def speed(scene: Scene) -> Iterator[Picture]:
