@@ -71,7 +71,7 @@ class Doremi:
         else:
             return state, self._answer(state)
         excess_d = np.where(np.isfinite(measured_d), np.maximum(measured_d, 0.0), state["excess_d"])
-        weights_d = smooth(step(state["weights_d"], self.eta * excess_d), self.smoothing)
+        weights_d = smooth(step(state["weights_d"], excess_d, self.eta), self.smoothing)
         updates = int(state["updates"]) + 1
         after = state | {
             "excess_d": excess_d,
