@@ -147,7 +147,7 @@ def _slope(program: Program, dual: Floats, entropy: float, floor_t: Floats) -> t
 def _allowed(program: Program, dual: Floats) -> Floats:
     num = len(program.target_t)
     leaning, price = dual[:num], np.maximum(dual[num:], 0.0) if program.keep_targets else np.zeros(num)
-    length = math.sqrt(total(leaning * leaning))
+    length = math.hypot(*leaning.tolist())
     if length > program.spread:
         leaning = leaning * (program.spread / length)
     return np.concatenate([leaning, price])

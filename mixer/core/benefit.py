@@ -2,7 +2,7 @@
 
     reading = Reading(target_weights={"code": 2.0}, scale="columns", noise_sigmas=2.0)
     state |= reading.start(setting)
-    found = reading.read(state, signal.influence.benefit_dt, signal.influence.benefit_error_dt)
+    state, found = reading.read(state, signal.influence.benefit_dt, signal.influence.benefit_error_dt)
 
 `found.relative_dt[i, t]` is B[i, t] - sum_k w_k B[k, t], with w the last answer (`weights_d`): by how much a little
 weight moved from everybody to domain i lowers target t's loss. Positive is good. In this order:
@@ -21,7 +21,8 @@ weight moved from everybody to domain i lowers target t's loss. Positive is good
    counts more because its gradients are long; `all` divides the whole matrix by one (the root mean square of those),
    which keeps the targets' proportions; `none` leaves it. Deviations are taken before the noise rule.
 
-A target of weight 0 is not looked at. Weights are given by name, and are 1 for targets that are not named.
+A target of weight 0 has no say (but in the one divisor of `all`). Weights are given by name, and are 1 for targets that
+are not named.
 """
 
 import difflib
@@ -46,7 +47,7 @@ ROUNDING = 1e-12  # a deviation this small, next to the benefits, is none
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Benefits:
-    """A probe as it was read. Both arrays are finite."""
+    """A probe as it was read; finite throughout."""
 
     relative_dt: Floats  # to the weighted mean; 0 where unknown
     value_dt: Floats  # the same with the mean, on the same scale: what P_t(w) = sum_i w_i value[i, t] is made of
@@ -131,11 +132,11 @@ class Reading:
         stability_t = np.array([spearman(old_dt[b, t], benefit_dt[b, t]) for t, b in enumerate(both_dt.T)])
         seen = total(target_t[both_dt.any(0)])
         stability = total((target_t * stability_t)[both_dt.any(0)]) / seen if seen > 0 else 1.0
-        keep_dt = both_dt & (stability_t > self.min_stability)
-        keep = self.memory
+        keep, stable_t = self.memory, stability_t > self.min_stability
+        keep_dt = both_dt & stable_t
         mean_dt = np.where(keep_dt, keep * old_dt + (1.0 - keep) * benefit_dt, benefit_dt)
         spread_dt = np.where(keep_dt, np.hypot(keep * state["error_dt"], (1.0 - keep) * error_dt), error_dt)
-        still_dt = was_dt & ~known_dt & (keep > 0)  # not measured this time, but before
+        still_dt = was_dt & ~known_dt & stable_t & (keep > 0)  # not measured this time, but before
         return state | {
             "benefit_dt": np.where(still_dt, old_dt, np.where(known_dt, mean_dt, 0.0)),
             "error_dt": np.where(still_dt, state["error_dt"], np.where(known_dt, spread_dt, 0.0)),
@@ -161,10 +162,8 @@ class Reading:
         if self.scale == "all":
             most = max(float(deviation_t.max(initial=0.0)), TINY)
             root = most * math.sqrt(total((deviation_t / most) ** 2) / max(len(deviation_t), 1))
-            deviation_t, largest_t = (
-                np.full_like(deviation_t, root),
-                np.full_like(largest_t, largest_t.max(initial=TINY)),
-            )
+            deviation_t = np.full_like(deviation_t, root)
+            largest_t = np.full_like(largest_t, largest_t.max(initial=TINY))
         return np.where(deviation_t > 0, deviation_t, largest_t)
 
     def heard(self, value: Floats, error: Floats) -> Floats:

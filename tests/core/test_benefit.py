@@ -103,23 +103,23 @@ def test_the_scale_of_a_column_does_not_matter_by_columns():
 
 def test_memory_averages_while_the_ranking_is_stable_and_begins_anew_else():
     reading = Reading(memory=0.8, **PLAIN)
-    state = begun(reading, [0.25] * 4, 2)
-    first = np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [4.0, NAN]])
-    second = np.array([[2.0, 3.0], [3.0, 2.0], [4.0, 1.0], [NAN, 7.0]])  # the same ranking, and the reverse
+    state = begun(reading, [0.25] * 4, 3)
+    first = np.array([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [3.0, 3.0, 3.0], [4.0, NAN, 4.0]])
+    second = np.array([[2.0, 3.0, NAN], [3.0, 2.0, 3.0], [4.0, 1.0, 2.0], [NAN, 7.0, 1.0]])  # one ranking is the same
     for benefit in (first, second):
-        found = reading.read(state, benefit, np.full((4, 2), 0.5))
+        found = reading.read(state, benefit, np.full((4, 3), 0.5))
         assert found is not None
         state = found[0]
-    close(state["benefit_dt"], [[1.2, 3.0], [2.2, 2.0], [3.2, 1.0], [4.0, 7.0]])
+    close(state["benefit_dt"], [[1.2, 3.0, 0.0], [2.2, 2.0, 3.0], [3.2, 1.0, 2.0], [4.0, 7.0, 1.0]])
     kept = 0.5 * np.sqrt(0.64 + 0.04)
-    close(state["error_dt"], [[kept, 0.5], [kept, 0.5], [kept, 0.5], [0.5, 0.5]])
-    assert float(state["stability"]) == pytest.approx(0.0)  # 1 and -1
-    assert state["known_dt"].all()
+    close(state["error_dt"], [[kept, 0.5, 0.0], [kept, 0.5, 0.5], [kept, 0.5, 0.5], [0.5, 0.5, 0.5]])
+    assert float(state["stability"]) == pytest.approx(-1 / 3)  # 1, -1 and -1
+    assert state["known_dt"].tolist() == [[True, True, False], *[[True] * 3] * 3]
     assert int(state["probes"]) == 2
     forgets = Reading(**PLAIN)
-    state = begun(forgets, [0.25] * 4, 2)
+    state = begun(forgets, [0.25] * 4, 3)
     for benefit in (first, second):
-        found = forgets.read(state, benefit, np.zeros((4, 2)))
+        found = forgets.read(state, benefit, np.zeros((4, 3)))
         assert found is not None
         state = found[0]
     close(state["benefit_dt"], np.where(np.isnan(second), 0.0, second))

@@ -7,10 +7,10 @@ import pytest
 
 from mixer.core.mixture import Mixture
 from mixer.core.policies import kinds, load_policy
-from mixer.core.power_law import predicted
 from mixer.core.rails import GuardRails
 from mixer.core.simplex import onto_box
 from tests.simulator.cases import (
+    ALL,
     CASES,
     GOAL,
     LAWS,
@@ -61,6 +61,7 @@ def test_every_policy_that_learns_is_judged():
 @pytest.mark.parametrize("name", GATED)
 def test_it_comes_within_its_regret(name):
     case = CASES[name]
+    assert case.most is not None
     found = regrets(case, played(case))
     assert found[case.judged] < case.most, found
 
@@ -93,7 +94,6 @@ def test_ado_finds_what_it_would_do_with_the_true_laws(form):
     prior, answer = by_true_laws(found, form)
     missed = np.abs(found.weights_wd[-1] - answer).sum() / np.abs(answer - prior).sum()
     assert missed < 0.05
-    np.testing.assert_allclose(predicted(LAWS, np.full(NUM, 1e4)) > 1, True)
 
 
 TIGHT = GuardRails(floor=0.05, cap=0.4, max_shift=0.08, max_epochs=1.5)
@@ -102,7 +102,7 @@ TIGHT = GuardRails(floor=0.05, cap=0.4, max_shift=0.08, max_epochs=1.5)
 @pytest.mark.parametrize("kind", sorted(kinds()))
 def test_tight_rails_hold_under_noise(kind):
     """Rows of two domains run out; every weight, shift and pass is within its limit (`run` judges them)."""
-    world = replace(TARGETS.world, num_rows=(4_000, 1_500, 1_200, 9_000, 3_000))
+    world = replace(ALL, num_rows=(4_000, 1_500, 1_200, 9_000, 3_000))
     options = {"reference": REFERENCES} if kind in ("shearing", "doremi") else {}
     sensor = Sensor(world=world, catalog=catalog_of(world), noise=0.1, seed=3)
     found = run(load_policy(kind, options), sensor, 30, rails=TIGHT, prior=Mixture.uniform(catalog_of(world)), lag=2)

@@ -24,8 +24,11 @@ TOKENS = 1 << 16  # of each domain, that losses are taken over
 
 
 class World(Protocol):
-    num_rows: tuple[int, ...]
-    targets: tuple[str, ...]
+    @property
+    def num_rows(self) -> tuple[int, ...]: ...
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
 
     def losses(self, share_d: Floats, rows: float) -> Floats: ...
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from mixer.core.benefit import Noise, Reading, require_targets, target_weights
 from mixer.core.errors import ConfigError
 from mixer.core.influence import Influence
-from mixer.core.mirror import Floats, answered, begin, check_above_zero, check_share, smooth, step, total
+from mixer.core.mirror import Floats, answered, begin, check_above_zero, check_share, smooth, step, total, total_t
 from mixer.core.ports import Setting, State
 from mixer.core.signal import Signal
 
@@ -91,7 +91,7 @@ class Doge:
         counted_dt = self._reading.once(state["weights_d"], products_dt, error_dt).value_dt * (target_t * len(target_t))
         if self.toward == "domains":
             np.fill_diagonal(counted_dt, 0.0)
-        return np.array([total(row) for row in counted_dt])
+        return total_t(counted_dt.T)
 
 
 def _mean_norm(gram_dd: Floats) -> float | None:

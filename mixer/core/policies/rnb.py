@@ -34,6 +34,7 @@ from mixer.core.mirror import (
     smooth,
     step,
     total,
+    total_t,
 )
 from mixer.core.mixture import unknown_domain
 from mixer.core.ports import Setting, State
@@ -96,7 +97,7 @@ class Rnb:
         if not np.isfinite(gram_dd[:, state["judged_d"] > 0]).any():
             return state, state["weights_d"]
         read = self._reading.once(state["weights_d"], gram_dd, error_dd / size_d[:, None] / size_d)
-        score_d = np.array([total(row) for row in read.relative_dt * state["judged_d"]])
+        score_d = total_t((read.relative_dt * state["judged_d"]).T)
         if int(state["probes"]):
             score_d = self.memory * state["score_d"] + (1.0 - self.memory) * score_d
         base_d = state["prior_d"] if self.base == "prior" else np.full(len(score_d), 1.0 / len(score_d))

@@ -22,6 +22,12 @@ def test_worked_by_hand():
     close(weights, power / power.sum())
 
 
+def test_claims_are_measured_from_the_mean_of_the_taken():
+    # a has the largest; c then lifts by 0; from the mean (2.5, 4) of both d loses 1 and b 1.5, from their sum 5 and 4.
+    benefit = np.array([[5.0, 4.0], [1.0, 0.0], [0.0, 4.0], [0.0, 3.0]])
+    assert ranks(benefit, np.array([0.5, 0.5])).tolist() == [0.0, 3.0, 1.0, 2.0]
+
+
 def test_columns_count_alike_whatever_their_scale_and_the_prior_is_tilted():
     for scale in ([1e6, 1e-6, 1.0], [1.0, 1.0, 1e3]):
         prior = [0.4, 0.3, 0.2, 0.1]
@@ -40,6 +46,8 @@ def test_targets_by_weight():
 def test_equal_claims_share_their_ranks():
     alike = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     assert ranks(alike, np.array([0.5, 0.5])).tolist() == [0.5, 0.5, 2.0]
+    nearly = np.array([[0.1 + 0.2], [0.3], [0.0]])  # equal but for rounding
+    assert ranks(nearly, np.array([1.0])).tolist() == [0.5, 0.5, 2.0]
     state, weights = guided("bids_balance", {}, [make_influence(np.full((4, 2), 0.7))], [0.4, 0.3, 0.2, 0.1])[0]
     assert state["rank_d"].tolist() == [1.5] * 4
     close(weights, [0.4, 0.3, 0.2, 0.1])

@@ -37,6 +37,16 @@ MORE: dict[str, Any] = {
     "ado": lambda names: {"form": "paper", "warmup_windows": 5, "skipped_windows": 0},
     "doremi": lambda names: {"reference": dict(zip(names, REFERENCES, strict=True))},
     "skill_it": lambda names: {"graph": {names[0]: {names[0]: 1.0, names[1]: 0.5}, names[2]: {names[3]: 0.5}}},
+    "ftrl": lambda names: {"score": "worst", "base": "average", "noise": "shrink", "memory": 0.5, "smoothing": 0.05},
+    "dga": lambda names: {"target_weights": {"goal1": 3.0}, "memory": 0.8, "scale": "none"},
+    "doge": lambda names: {"toward": "domains", "mu": 1e-4},
+    "grape": lambda names: {"target_every": 2, "memory": 0.5, "min_stability": -1.0},
+    "rnb": lambda names: {"scale": "cosine", "base": "prior", "judged_by": {names[1]: 2.0, names[2]: 1.0}},
+    "pike": lambda names: {"scale": "none", "fairness": 1.0},
+    "tikmix_d": lambda names: {"entropy": 0.0, "max_shift": 0.3, "memory": 0.5, "target_weights": {"goal2": 0.0}},
+    "bids_balance": lambda names: {"base": "previous", "target_weights": {"goal0": 0.5}},
+    "quad_ucb": lambda names: {"arms": 2, "forget": 0.5},
+    "pilot": lambda names: {"influence": False},
 }
 # What a kind cannot do without, by place too.
 NEEDED: dict[str, Any] = {"shearing": lambda names: {"reference": dict(zip(names, REFERENCES, strict=True))}}

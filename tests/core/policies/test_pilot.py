@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
 from mixer.core.errors import ConfigError
 from mixer.core.policies import load_policy
@@ -26,12 +27,14 @@ def tilted(base, score):
     return power / power.sum()
 
 
-def begin(targets=2, planned=30, **options):
+def begin(targets=2, planned: int | None = 30, **options):
     policy = load_policy("pilot", OFF | options)
-    return policy, policy.start(make_setting(CATALOG, PRIOR, planned_windows=planned, targets=make_targets(targets)))
+    return policy, policy.start(
+        make_setting(CATALOG, PRIOR.tolist(), planned_windows=planned, targets=make_targets(targets))
+    )
 
 
-def probe(window, benefit=BENEFIT, error=0.0, rows=(5, 3, 2)):
+def probe(window, benefit=BENEFIT, error: ArrayLike = 0.0, rows=(5, 3, 2)):
     signal = make_signal(CATALOG, window, influence=make_influence(benefit, error_dt=error))
     return replace(signal, rows_d=np.array(rows, dtype=np.int64))
 
@@ -117,7 +120,7 @@ def test_loss_laws_speak_where_targets_are_silent(silence):
     targets = 0 if silence == "no targets" else 2
     policy, state = begin(targets=targets, laws=True, noise_sigmas=1.0)
     ado = Ado(refit_windows=20)
-    other = ado.start(make_setting(CATALOG, PRIOR))
+    other = ado.start(make_setting(CATALOG, PRIOR.tolist()))
     weights = PRIOR
     for window in range(14):
         fall = np.array([1.0, 3.0, 2.0]) * (window + 1.0) ** -np.array([0.1, 0.5, 0.3])

@@ -47,6 +47,18 @@ def value(weights_nd, benefit, gain, spread, entropy):
     return gain * progress.sum(1) - spread * progress.std(1) - entropy * (safe * np.log(safe)).sum(1)
 
 
+def test_the_floor_is_that_of_the_last_answer_and_not_of_the_prior():
+    first, second = make_influence([[1.0, 0.0], [0.0, 0.5]]), make_influence([[0.0, 0.5], [1.0, 0.0]])
+    options = PLAIN | {"spread": 0.0, "entropy": 0.0, "max_shift": 0.2, "keep_targets": False}
+    found = guided("tikmix_d", options, [first], [0.5, 0.5])[0][1]
+    close(found, [0.6, 0.4], 1e-9)
+    floored = guided("tikmix_d", PLAIN | {"spread": 0.0, "entropy": 0.0}, [second, first], [0.5, 0.5])
+    assert floored[1][1].tolist() == [0.5, 0.5]
+    # Only toward the new floor of 0.6 for the first domain may the second probe's gain pull.
+    loose = guided("tikmix_d", options, [first, first], [0.5, 0.5])[1][1]
+    close(loose, [0.7, 0.3], 1e-9)
+
+
 def test_the_largest_of_its_objective_among_all_mixtures_that_may_be():
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -71,6 +83,22 @@ def test_equal_domains_get_equal_weights_and_many_domains_are_no_trouble():
     assert found[::2].tolist() == found[1::2].tolist()
     assert found.max() > 0.02
     assert found.sum() == pytest.approx(1.0)
+
+
+def test_no_order_of_the_domains_changes_a_bit():
+    rng = np.random.default_rng(2)
+    benefits, order = rng.normal(size=(3, 40, 4)), rng.permutation(40)
+    now = rng.integers(1, 9, size=40) / 1024.0  # so that it sums up exactly in any order
+    now[-1] = now[order[0]] = 0.0
+    now[-1] = 1.0 - now.sum()
+    for options in ({"entropy": 0.05}, {"max_shift": 0.3}, {"memory": 0.5, "noise": "shrink"}):
+        probes = [[make_influence(one[o], error_dt=0.1) for one in benefits] for o in (np.arange(40), order)]
+        plain, moved = (
+            guided("tikmix_d", options, one, prior.tolist())
+            for one, prior in zip(probes, (now, now[order]), strict=True)
+        )
+        for left, right in zip(plain, moved, strict=True):
+            assert left[1][order].tolist() == right[1].tolist()
 
 
 def test_targets_count_by_their_weights():
