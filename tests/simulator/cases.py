@@ -123,7 +123,7 @@ CASES = {
         Case(kind="pilot", goal=TARGETS),
         Case(kind="aioli", goal=TARGETS, judged="last", why="(targets)",
              options={"losses": "target", "ema": None, "eta": 5.0}),
-        Case(kind="aioli", goal=VALIDATION, judged="last", why="(domains)", options={"ema": None, "eta": 5.0}),
+        Case(kind="aioli", goal=VALIDATION, why="(domains)", options={"ema": None, "eta": 5.0}),
         Case(kind="rnb", goal=SPREAD_OUT, judged="last", options={"scale": "none", "spread": SPREAD * NUM}),
         Case(kind="pike", goal=VALIDATION),
         Case(kind="skill_it", goal=SKILLS, judged="last", options={"eta": SKILL_ETA}),

@@ -7,7 +7,7 @@ LINES = committed().splitlines(keepends=True)[2:]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "written"), zip(CASES, LINES, strict=True))
+@pytest.mark.parametrize(("name", "written"), list(zip(CASES, LINES, strict=True)))
 def test_the_committed_table_is_what_the_command_writes(name, written):
     assert line(name) == written
 
