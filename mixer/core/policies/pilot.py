@@ -38,6 +38,7 @@ from mixer.core.benefit import Noise, Reading, Scale
 from mixer.core.errors import ConfigError
 from mixer.core.influence import Influence
 from mixer.core.mirror import TINY, Floats, answered, begin, check_above_zero, check_share, normalised, step, total_t
+from mixer.core.policies._named import NeedsByOptions
 from mixer.core.policies.ado import Ado
 from mixer.core.ports import Setting, State
 from mixer.core.signal import Signal
@@ -49,6 +50,7 @@ LAW = "law."  # before the names of the laws' part of the state
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pilot:
+    NEEDS = NeedsByOptions({"loss", "influence"}, lambda p: {"loss", "influence"} if p.influence else {"loss"})
     influence: bool = True
     laws: bool = True
     law_form: Literal["released", "paper"] = "released"
@@ -81,10 +83,6 @@ class Pilot:
         if not (self.influence or self.laws):
             raise ConfigError("policy.influence and policy.laws are both off; pilot needs one of them to go by.")
         assert self.reading and self.ado  # their options are judged as they are made
-
-    @property
-    def NEEDS(self) -> frozenset[str]:  # noqa: N802  # the protocol's name; what is needed depends on an option
-        return frozenset({"loss", "influence"} if self.influence else {"loss"})
 
     @property
     def reading(self) -> Reading:
