@@ -1,6 +1,7 @@
-"""Numbers given by domain name in options."""
+"""What several policies share: numbers given by domain name in options, and NEEDS that depend on options."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,16 @@ from mixer.core.errors import ConfigError
 from mixer.core.mixture import unknown_domain
 
 Floats = NDArray[np.float64]
+
+
+class NeedsByOptions:
+    """A policy's NEEDS: of the class by default options, of an instance by its own."""
+
+    def __init__(self, default: set[str], of: Callable[[Any], set[str]]) -> None:
+        self._default, self._of = frozenset(default), of
+
+    def __get__(self, policy: Any, kind: type) -> frozenset[str]:
+        return self._default if policy is None else frozenset(self._of(policy))
 
 
 def by_name(catalog: Catalog, option: str, given: Mapping[str, float]) -> Floats:

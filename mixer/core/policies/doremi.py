@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 
 from mixer.core.errors import ConfigError
 from mixer.core.mirror import smooth, step
-from mixer.core.policies._named import by_name
+from mixer.core.policies._named import NeedsByOptions, by_name
 from mixer.core.ports import Setting, State
 from mixer.core.signal import Signal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Doremi:
+    NEEDS = NeedsByOptions({"excess"}, lambda policy: {"loss"} if policy.reference else {"excess"})
     eta: float = 1.0
     smoothing: float = 1e-3  # c
     reference: Mapping[str, float] = field(default_factory=dict[str, float])  # without: from the workers
@@ -47,10 +48,6 @@ class Doremi:
             raise ConfigError(f"policy.answer={self.answer!r}; it needs to be last or mean.")
         if not 0 <= self.unseen_excess < np.inf:
             raise ConfigError(f"policy.unseen_excess={self.unseen_excess!r}; it needs to be 0 or more nats.")
-
-    @property
-    def NEEDS(self) -> frozenset[str]:  # noqa: N802  # the protocol's name; what is needed depends on an option
-        return frozenset({"loss"} if self.reference else {"excess"})
 
     def start(self, setting: Setting) -> State:
         num = len(setting.catalog)
@@ -71,7 +68,7 @@ class Doremi:
         else:
             return state, self._answer(state)
         excess_d = np.where(np.isfinite(measured_d), np.maximum(measured_d, 0.0), state["excess_d"])
-        weights_d = smooth(step(state["weights_d"], self.eta * excess_d), self.smoothing)
+        weights_d = smooth(step(state["weights_d"], excess_d, self.eta), self.smoothing)
         updates = int(state["updates"]) + 1
         after = state | {
             "excess_d": excess_d,

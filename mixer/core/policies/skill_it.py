@@ -53,7 +53,7 @@ class SkillIt:
             "names": np.array(names, dtype=np.str_),
             "graph_ds": graph_ds,
             "prior_d": setting.prior.weights_d,
-            "weights_d": step(setting.prior.weights_d, self.eta * graph_ds.sum(1)),
+            "weights_d": step(setting.prior.weights_d, graph_ds.sum(1), self.eta),
             "first_s": np.ones(len(names)),
             "seen_s": np.zeros(len(names), dtype=np.bool_),
             "losses_ws": np.zeros((self.window, len(names))),  # the latest last
@@ -70,7 +70,8 @@ class SkillIt:
         first_s = np.where(known_s & ~seen_s, np.maximum(loss_s, 1e-6), state["first_s"])
         losses_ws = np.concatenate([before_ws[1:], loss_s[None]])
         total_s = losses_ws.sum(0) / (first_s if self.relative else 1.0)
-        weights_d = step(state["prior_d"], self.eta * (state["graph_ds"] @ total_s))
+        pull_d = np.clip(state["graph_ds"] @ total_s, -1e300, 1e300)
+        weights_d = step(state["prior_d"], pull_d, self.eta)
         after = {"first_s": first_s, "seen_s": seen_s | known_s, "losses_ws": losses_ws, "weights_d": weights_d}
         return state | after, weights_d
 

@@ -103,6 +103,8 @@ def test_too_few_evaluations_show_in_the_rank_and_leave_the_weights_alone():
     answers, states, _ = drive({}, 9, every=100)
     assert int(states[8]["rank"]) == 0
     close(answers[9], [1 / 3] * 3, 1e-15)
+    _, states, _ = drive({}, 13, every=4)  # after windows 3, 7, 11: what lies outside of sweeps is in each
+    assert not states[12]["span_q"].any()
     _, states, _ = drive({"sweeps": 2}, 9, every=3)
     assert int(states[8]["rank"]) == 1
 

@@ -46,6 +46,7 @@ MORE: dict[str, Any] = {
     "tikmix_d": lambda names: {"entropy": 0.0, "max_shift": 0.3, "memory": 0.5, "target_weights": {"goal2": 0.0}},
     "bids_balance": lambda names: {"base": "previous", "target_weights": {"goal0": 0.5}},
     "quad_ucb": lambda names: {"arms": 2, "forget": 0.5},
+    "pilot": lambda names: {"influence": False},
 }
 # What a kind cannot do without, by place too.
 NEEDED: dict[str, Any] = {"shearing": lambda names: {"reference": dict(zip(names, REFERENCES, strict=True))}}
