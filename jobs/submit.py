@@ -24,7 +24,7 @@ from mixer.control.submit import Jobs, Order, checked_env, checked_name, command
 from mixer.core.errors import ConfigError
 from mixer.run import RunConfig
 
-RUNS = ("train", "replay")  # verbs that keep a run
+RUNS = ("train", "replay", "swarm")  # verbs that keep a run
 
 
 def parser() -> argparse.ArgumentParser:
