@@ -12,6 +12,9 @@ all rows of its windows in them. So Ray Data neither splits nor joins blocks, no
 window cut short by the cursor, and every list is a view of shared memory when it arrives: the one
 copy that this process makes is the one that widens a step's tokens.
 
+Ray Data's executor hands a block on in two turns of its loop, and a turn in which nothing new has come takes it a
+tenth of a second. So where no further window is there yet, a block is followed by an empty one, which ends that wait.
+
 The executor runs outside of this process (`streaming_split`); the tasks claim `num_cpus` of Ray, by
 default nothing, so they start where training holds every CPU. How far tasks read ahead is bounded twice:
 by the rows that exist, which is the feed's affair, and by `prefetch_windows`: the consumer writes the window
@@ -205,7 +208,10 @@ def _read_run(shared: Any, first_window: int, stop_window: int, start_step: int)
             coming = pool.submit(gather)
             while (rows := coming.result()) is not None:
                 coming = pool.submit(gather)
-                yield _to_table(rows, max(start_step, rows.first_step))
+                table = _to_table(rows, max(start_step, rows.first_step))
+                yield table
+                if not coming.done():
+                    yield table.schema.empty_table()
     except MixerError as error:
         yield _failed(Failure.of(error), reader.layout.token_type)
     finally:
