@@ -6,15 +6,18 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
 
 from mixer.control import drawing
 from mixer.control.drawing import COLOURS, GROUND, INK, LINES, SOFT, Line, Look, Picture
 from mixer.control.wording import short, shorten
-from mixer.proxies.verdict import Race
+from mixer.proxies.verdict import Race, bands
 
+Floats = NDArray[np.float64]
+Course = tuple[Floats, Floats]  # means, and half the widths of their bands
 REFERENCE = Look(INK, "-", "")
-ZOOM = 3.0  # times the spread of the final losses: how far above them the curves begin to be shown
-NUMBERS = 200  # cells up to which a map has them written in
+LATE = 0.15  # of the tokens: from here on curves are shown whole, as they fall steeply before
+NUMBERS = 500  # cells up to which a map has them written in
 
 
 def draw(race: Race, verdict: Mapping[str, Any], watch: Sequence[str] = ()) -> list[Picture]:
@@ -30,37 +33,54 @@ def _looks(race: Race) -> dict[str, Look]:
 
 
 def _curves(race: Race, verdict: Mapping[str, Any], look: Mapping[str, Look]) -> Picture:
-    """The whole course above; below the last part, where curves differ by little."""
-    height = max(4.8, 1.6 + 0.25 * len(race.runs))
-    drawn, (whole, close) = drawing.figure(2, height)
-    curves = {label: _filled(one["curve"]["loss"]) for label, one in verdict["contenders"].items()}
-    lines = [Line(label, race.tokens_e, curve, look[label]) for label, curve in curves.items()]
-    drawing.draw_lines(whole, lines, named=False)
-    _bands(whole, race, verdict, look)
-    drawing.entitle(whole, "Mean loss on the targets", "nats a token")
-    drawing.draw_lines(close, lines, named=False)
-    _bands(close, race, verdict, look)
-    final = np.array([curve[-1] for curve in curves.values()])
-    half = np.array([one["final_loss"]["half"] or 0.0 for one in verdict["contenders"].values()])
-    spread = max(float(np.ptp(final)), 1e-3)
-    most = float(final.max()) + max(spread * ZOOM, 0.01)
-    reach = np.clip(half, 0, spread)  # a wide band of few seeds is cut off rather than the curves made flat
-    close.set_ylim(float((final - reach).min()) - 0.15 * spread, most)
-    for axes in (whole, close):
-        for artist in axes.lines:
-            artist.set_clip_on(True)
-    drawing.name_ends(close, [(label, float(curve[-1]), look[label]) for label, curve in curves.items()])
-    drawing.entitle(close, "The same, closer", "nats a token")
-    drawing.over_tokens(close, "tokens trained", race.tokens)
-    return drawing.finish(drawn, "compare", "Mean over seeds, with its interval.")
+    """Losses above; below how far they lie from the reference's, where contenders differ by little."""
+    names = 0.5 + 0.125 * len(race.runs)
+    drawn, (losses, apart) = drawing.figure(2, 2 * max(2.6, names))
+    courses = {label: (_filled(one["curve"]["loss"]), _filled(one["curve"]["half"]))
+               for label, one in verdict["contenders"].items()}  # fmt: skip
+    _draw(losses, race, courses, look)
+    late = race.tokens_e >= LATE * race.tokens
+    shown = np.concatenate([curve[late] for curve, _ in courses.values()])
+    room = 0.06 * max(float(np.nanmax(shown) - np.nanmin(shown)), 1e-3)
+    losses.set_ylim(float(np.nanmin(shown)) - room, float(np.nanmax(shown)) + room)
+    _name(losses, courses, look)
+    drawing.entitle(losses, "Mean loss on the targets", "nats a token")
+    differences = {label: _apart(race, label, verdict["level"]) for label in race.runs}
+    _draw(apart, race, differences, look)
+    shown = np.concatenate([curve[race.tokens_e > 0] for curve, _ in differences.values()])
+    room = max(0.15 * float(np.nanmax(shown) - np.nanmin(shown)), 1e-3)
+    apart.set_ylim(float(np.nanmin(shown)) - room, float(np.nanmax(shown)) + room)
+    _name(apart, differences, look)
+    drawing.entitle(apart, f"Less that of {race.reference}, seed by seed", "nats a token, lower is better")
+    drawing.over_tokens(apart, "tokens trained", race.tokens)
+    return drawing.finish(drawn, "compare", "Means over seeds, with their intervals.")
 
 
-def _bands(axes: Axes, race: Race, verdict: Mapping[str, Any], look: Mapping[str, Look]) -> None:
-    low, high = axes.get_ylim()
-    for label, one in verdict["contenders"].items():
-        curve, half = _filled(one["curve"]["loss"]), _filled(one["curve"]["half"])
-        axes.fill_between(race.tokens_e, curve - half, curve + half, color=look[label].colour, alpha=0.13, linewidth=0)
-    axes.set_ylim(low, high)
+def _draw(axes: Axes, race: Race, courses: Mapping[str, Course], look: Mapping[str, Look]) -> None:
+    """Lines with bands; what lies beyond the panel is cut off, as intervals of few seeds do."""
+    for label, (curve, half) in courses.items():
+        axes.fill_between(race.tokens_e, curve - half, curve + half, color=look[label].colour, alpha=0.12, linewidth=0)
+    lines = [Line(label, race.tokens_e, curve, look[label]) for label, (curve, _) in courses.items()]
+    drawing.draw_lines(axes, lines, named=False)
+    for artist in axes.lines:
+        artist.set_clip_on(True)
+
+
+def _name(axes: Axes, courses: Mapping[str, Course], look: Mapping[str, Look]) -> None:
+    drawing.name_ends(axes, [(label, float(curve[-1]), look[label]) for label, (curve, _) in courses.items()])
+
+
+def _apart(race: Race, label: str, level: float) -> Course:
+    """The difference from the reference over the seeds that both have."""
+    mine, other = race.runs[label], race.runs[race.reference]
+    both = [seed for seed in mine.seeds if seed in other.seeds]
+    if not both:
+        nothing = np.full(len(race.tokens_e), np.nan)
+        return nothing, nothing
+    loss_se, other_se = (
+        np.array([runs.loss_set[runs.seeds.index(seed)].mean(axis=1) for seed in both]) for runs in (mine, other)
+    )
+    return bands(loss_se - other_se, level)
 
 
 def _compute(race: Race, verdict: Mapping[str, Any], look: Mapping[str, Look]) -> Picture:
@@ -115,17 +135,23 @@ def _weights(race: Race, verdict: Mapping[str, Any], watch: Sequence[str]) -> Pi
     axes.invert_yaxis()
     axes.grid(visible=False)
     if value_dp.size <= NUMBERS:
-        size = 6.3 if len(order) <= 10 else 5.0
+        size = 6.3 if len(order) <= 10 else 4.7
         for (d, p), value in np.ndenumerate(value_dp):
             floor = found[order[p]]["weights"][names[d]]["at_floor"]
-            axes.text(p + 0.5, d + 0.5, f"{100 * value:.1f}{'*' if floor else ''}", ha="center", va="center",
+            axes.text(p + 0.5, d + 0.5, f"{_percent(value)}{'*' if floor else ''}", ha="center", va="center",
                       fontsize=size, color="#ffffff" if np.sqrt(value) > 0.6 * top else "#22262b")  # fmt: skip
     bar = drawn.colorbar(mesh, ax=axes, pad=0.02, aspect=30)
     bar.outline.set_visible(False)  # type: ignore[union-attr]  # a colour bar always has one
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * value:.0%}"))
-    drawing.entitle(axes, "Final weights in percent, the best policy first (* at its floor)")
+    bar.ax.tick_params(labelsize=7.5, colors=SOFT)
+    drawing.entitle(axes, "Final weights in percent")
+    axes.set_xlabel("policies, the lowest final loss first; * at the floor")
     return drawing.finish(drawn, "compare-weights", "Mean over seeds of each domain's weight in the last window.")
 
 
-def _filled(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}" if share < 0.0995 else f"{100 * share:.0f}"
+
+
+def _filled(values: Sequence[float | None]) -> Floats:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

@@ -9,11 +9,12 @@ import pytest
 
 from mixer import cli
 from mixer.alone import run_alone
-from mixer.config import load
+from mixer.config import load, shipped
 from mixer.control.journal import read_journal
 from mixer.core.errors import ConfigError, ResumeError
+from mixer.core.policies import kinds
 from mixer.proxies.compare import STOP, Asked, compare
-from mixer.proxies.contenders import contenders_of
+from mixer.proxies.contenders import config_of, contenders_of
 from mixer.proxies.findings import write_findings
 from mixer.proxies.lanes import Job, Outcome, Processes, RayTasks, Wish, run_one
 from mixer.run import RunConfig, open_rows
@@ -268,3 +269,27 @@ def test_contenders_are_kinds_and_files_with_what_they_cost(tmp_path):
     (tmp_path / "regmix.json").write_text('{"cost_tokens": "many"}')
     with pytest.raises(ConfigError, match=r"cost_tokens of .*regmix\.json is 'many'"):
         contenders_of(["natural", str(file)])
+
+
+@pytest.mark.parametrize("name", ["compare", "folder"])
+def test_shipped_configurations_have_curves_and_take_every_kind(name, tmp_path):
+    base = load(RunConfig, [shipped() / f"{name}.yaml"])
+    assert base.train.windows is not None and base.evaluation.every_windows is not None
+    assert base.train.windows % base.evaluation.every_windows == 0
+    for contender in contenders_of(kinds()):
+        config = config_of(base, contender, tmp_path, 3)
+        assert config.policy["kind"] == contender.label
+        assert (config.train.seed, config.geometry.seed, config.tracker.kind) == (3, 3, "none")
+        assert config.run.folder == tmp_path / contender.label / "3"
+        assert (config.model, config.rails, config.influence) == (base.model, base.rails, base.influence)
+
+
+def test_a_contender_may_differ_in_the_sections_of_its_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("policy: {kind: odm}\nrails: {max_shift: 0.1}\ninfluence: {rows: 2}\nprior: {a: 1, b: 2}\n")
+    base = load(RunConfig, (), ["policy.kind=ado", "policy.form=paper", "rails.floor=0.03", "train.windows=3"])
+    _, mine = contenders_of(["natural", str(file)])
+    config = config_of(base, mine, tmp_path, 0)
+    assert config.policy == {"kind": "odm"}  # nothing is left of the policy of the comparison
+    assert (config.rails.floor, config.rails.max_shift, config.influence.rows) == (0.03, 0.1, 2)
+    assert config.prior == {"a": 1, "b": 2}
