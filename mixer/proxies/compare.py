@@ -206,6 +206,12 @@ def _check(asked: Asked, entries: Sequence[Entry], targets: tuple[str, ...]) -> 
 def _check_policy(config: RunConfig, rows: CatalogRows, targets: tuple[str, ...]) -> None:
     policy, catalog, prior = make_policy(config), rows.catalog, make_prior(config, rows.catalog)
     require_measured(config, policy, targets)
+    losses = getattr(policy, "losses", "")  # of policies that learn from evaluations: on which corpus
+    if "evaluation" in policy.NEEDS and losses == "validation" and "validation" not in config.evaluation.sets:
+        raise ConfigError(
+            f"it learns from losses on the validation corpus, and evaluation.sets={list(config.evaluation.sets)}. Add "
+            "validation there, for all policies alike."
+        )
     make_reference(config, rows.corpus)
     slots, windows = config.geometry.window_slots, plan_length(config, catalog)
     config.rails.bind(catalog, prior).check(Place.start(catalog, slots, windows * slots))
@@ -251,6 +257,7 @@ class Told:
     loss_et: NDArray[np.float64]
     final_d: NDArray[np.float64]
     mean_d: NDArray[np.float64]
+    held: float  # the share of windows whose mixture was held, as the policy's answer was refused
     probe_tokens: float
     train_s: float
     probe_s: float
@@ -275,8 +282,10 @@ def read_run(entry: Entry, targets: Sequence[str], moments: Sequence[int]) -> To
     loss_et = np.array([[_loss(sets[window], name) for name in targets] for window in moments])
     if bad := [name for name, loss in zip(targets, loss_et[-1], strict=True) if not np.isfinite(loss)]:
         return f"its last evaluation has no finite loss on {', '.join(bad)}"
-    weights_kd = np.array([row.weights_d for row in load_schedule(entry.folder)])
-    return Told(loss_et, weights_kd[-1], weights_kd.mean(axis=0), *sums.values())
+    schedule = load_schedule(entry.folder)
+    weights_kd = np.array([row.weights_d for row in schedule])
+    held = float(np.mean([row.reason == "held" for row in schedule]))
+    return Told(loss_et, weights_kd[-1], weights_kd.mean(axis=0), held, *sums.values())
 
 
 def _loss(sets: Mapping[str, Any], target: str) -> float:
@@ -385,6 +394,7 @@ def _judged(
                 final_sd=np.array([one.final_d for one in mine.values()]),
                 mean_sd=np.array([one.mean_d for one in mine.values()]),
                 probe_tokens_s=np.array([one.probe_tokens for one in mine.values()]),
+                held_s=np.array([one.held for one in mine.values()]),
                 cost_tokens=contender.cost_tokens,
             )
             times[contender.label] = {

@@ -126,6 +126,11 @@ def sentences(found: Comparison) -> list[str]:
     for word in ("better", "worse"):
         sure = ", ".join(verdict[f"{word}_than_reference"])
         lines += [f"{word} than {reference}: {sure or 'none for certain'}"]
+    for label, one in verdict["contenders"].items():
+        if one["held_share"]:
+            lines.append(
+                f"{label}: its answer was refused, and the mixture held, in {one['held_share']:.1%} of windows"
+            )
     lines += [f"left out: {name}: {why}" for name, why in verdict["left_out"].items()]
     return lines
 
@@ -145,9 +150,10 @@ def text_lines(found: Comparison, watch: Sequence[str] = ()) -> list[str]:
 NOTES = """Losses are in nats a token, the plain mean over the targets, at the end of runs of equal training tokens.
 ± and shaded bands are {level:.0%} t-intervals over seeds. Differences are paired by seed; p is the two-sided paired
 t-test's after Holm's correction. Overhead: tokens of probes and of proxies trained beforehand, as a share of the
-training tokens; evaluation is not counted, nor the forward passes of a reference model. At equal compute: the
-contender's own curve at T·T/(T + overhead) tokens, a place where its learning rate is not down yet. Tokens to its loss:
-when the seeds' mean curve first is as low as {reference}'s final loss. Rank: mean over targets, 1 the lowest.
+training tokens; evaluation is not counted, though a policy may learn from it, nor the forward passes of a reference
+model. At equal compute: the contender's own curve at T·T/(T + overhead) tokens, a place where its learning rate is not
+down yet. Tokens to its loss: when the seeds' mean curve first is as low as {reference}'s final loss. Rank: mean over
+targets, 1 the lowest.
 Time: of training and probes, relative to {reference}'s, with whatever else the machine did."""
 
 

@@ -12,7 +12,8 @@ rows by the same keys, so what the seed does to both cancels out. `p` is of the 
 after Holm's correction for as many contenders as were compared. A contender's difference needs two seeds.
 
 Overhead: what was computed beside the training tokens, in tokens. Those of a policy's own probes were counted by its
-runs; those of proxies that were trained before are told by who asks. Evaluation is not counted.
+runs; those of proxies that were trained before are told by who asks. Evaluation is not counted, though a policy may
+learn from it; nor are the forward passes of a reference model.
 
 At equal total compute: with T training tokens and X beside them, a run of T * T / (T + X) tokens, with its overhead in
 the same proportion, would have cost T in all. Its loss is read off the contender's own curve at that place. That is a
@@ -43,6 +44,7 @@ class Runs:
     final_sd: Floats  # weights of the last window
     mean_sd: Floats  # weights, the mean of all windows
     probe_tokens_s: Floats
+    held_s: Floats | None = None  # the share of windows in which the policy's answer was refused; None: never
     cost_tokens: float = 0.0  # of what was done before all runs, as training proxies
 
 
@@ -236,6 +238,7 @@ def _alone(race: Race, runs: Runs, level: float) -> dict[str, Any]:
     }
     return {
         "seeds": list(runs.seeds),
+        "held_share": 0.0 if runs.held_s is None else float(runs.held_s.mean()),
         "final_loss": _band(band(mean_se[:, -1], level)) | {"by_seed": mean_se[:, -1].tolist()},
         "targets": targets,
         "overhead": {

@@ -1,6 +1,7 @@
 """The verdict on curves made by hand, whose numbers are worked out beside them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,3 +191,9 @@ def test_seeds_that_are_missing_are_left_out_of_pairs_alone():
     found = judge(race(natural=NATURAL, part=part))["contenders"]["part"]
     assert found["against_reference"]["difference"] == pytest.approx(-1.2)
     assert found["to_reach_reference"]["by_seed"].keys() == {"1"}
+
+
+def test_windows_in_which_an_answer_was_refused_are_told():
+    held = replace(FAST, held_s=np.array([0.25, 0.0]))
+    found = judge(race(natural=NATURAL, held=held))["contenders"]
+    assert (found["held"]["held_share"], found["natural"]["held_share"]) == (0.125, 0.0)
