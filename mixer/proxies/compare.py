@@ -36,6 +36,7 @@ from mixer.core.rails import Progress as Place
 from mixer.data.corpus import CatalogRows
 from mixer.proxies.contenders import Contender, config_of
 from mixer.proxies.lanes import Job, Lanes
+from mixer.proxies.told import Told, read_run
 from mixer.proxies.verdict import Race, Runs, judge
 from mixer.run import (
     RunConfig,
@@ -178,7 +179,7 @@ def compare(
                 return Comparison("stopped")
         told: dict[str, Told] = {}
         for entry in entries:
-            found = read_run(entry, targets, moments)
+            found = read_run(entry.folder, targets, moments)
             if isinstance(found, str):
                 failed.setdefault(entry.name, found)
             else:
@@ -250,49 +251,6 @@ def _require_same(entry: Entry, rows: CatalogRows) -> None:
 # ---- runs --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Told:
-    """What a finished run's files say."""
-
-    loss_et: NDArray[np.float64]
-    final_d: NDArray[np.float64]
-    mean_d: NDArray[np.float64]
-    held: float  # the share of windows whose mixture was held, as the policy's answer was refused
-    probe_tokens: float
-    train_s: float
-    probe_s: float
-
-
-def read_run(entry: Entry, targets: Sequence[str], moments: Sequence[int]) -> Told | str:
-    """What it measured, or why it cannot be compared."""
-    sets: dict[int, Mapping[str, Any]] = {}
-    sums = dict.fromkeys(("probe_tokens", "seconds", "probe_s"), 0.0)
-    finished = False
-    for _, record in read_journal(entry.folder / "journal.jsonl"):
-        if record["kind"] == "evaluation":
-            sets[record["window"]] = record["sets"]
-        elif record["kind"] == "window":
-            for key in sums:
-                sums[key] += record.get(key) or 0.0
-        finished = finished or (record["kind"] == "event" and record["what"] == "finished")
-    if not finished:
-        return "not finished"
-    if missing := [window for window in moments if window not in sets]:
-        return f"its journal lacks the evaluation after window {missing[0]}; remove {entry.folder} to train it anew"
-    loss_et = np.array([[_loss(sets[window], name) for name in targets] for window in moments])
-    if bad := [name for name, loss in zip(targets, loss_et[-1], strict=True) if not np.isfinite(loss)]:
-        return f"its last evaluation has no finite loss on {', '.join(bad)}"
-    schedule = load_schedule(entry.folder)
-    weights_kd = np.array([row.weights_d for row in schedule])
-    held = float(np.mean([row.reason == "held" for row in schedule]))
-    return Told(loss_et, weights_kd[-1], weights_kd.mean(axis=0), held, *sums.values())
-
-
-def _loss(sets: Mapping[str, Any], target: str) -> float:
-    loss = sets.get(f"target/{target}", {}).get("loss")
-    return np.nan if loss is None else float(loss)
-
-
 def _train(
     asked: Asked,
     entries: Sequence[Entry],
@@ -301,7 +259,7 @@ def _train(
     on_progress: Callable[[Progress], None],
 ) -> dict[str, str]:
     """The runs that are not finished; returns those that failed, and why."""
-    missing = [entry for entry in entries if read_run(entry, asked.targets, moments) == "not finished"]
+    missing = [entry for entry in entries if read_run(entry.folder, asked.targets, moments) == "not finished"]
     watch = _Watch(missing, (len(entries) - len(missing)) * asked.windows)
     failed: dict[str, str] = {}
     ended, last = len(entries) - len(missing), ""
