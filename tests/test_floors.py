@@ -24,6 +24,7 @@ FLOORS = {
     "mixer.cli": 4,
     "mixer.config": 4,
     "mixer.run": 4,
+    "mixer.alone": 4,
     "mixer.launch": 4,
     "mixer.alone": 4,
     "mixer.branch": 4,

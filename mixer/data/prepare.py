@@ -47,6 +47,7 @@ from mixer.data.sources import (
     check_parquet,
     cut_units,
     find_files,
+    found_in,
     refuse_doubles,
 )
 from mixer.data.staging import TRAIN, VALIDATION, Context, Part, Staged, Unit, key_of, stage_unit
@@ -64,6 +65,7 @@ class PrepareOptions:
     output: str  # folder or URI
     domains: dict[str, SourceOptions] = field(default_factory=dict)
     targets: dict[str, SourceOptions] = field(default_factory=dict)
+    folder: str | None = None  # train/<domain>/<files> and targets/<target>.<...> in it, beside what is named above
     row_tokens: int = 2048
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
     metadata: dict[str, MetadataOptions] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("prepare.output is empty; needed a folder or URI. Set it.")
-        if not self.domains:
+        if not self.domains and not self.folder:
             raise ConfigError("prepare.domains is empty; needed at least one domain with its files. Add one.")
         if not 0 <= self.validation_share < 1:
             raise ConfigError(f"prepare.validation_share={self.validation_share}; needed 0 up to, not with, 1.")
@@ -337,10 +339,14 @@ class Stager:
 
 def find_sources(options: PrepareOptions) -> list[Source]:
     """All domains and targets with their files, cut into units; refused where they cannot be right."""
-    sections = {"train": ("domains", options.domains), "targets": ("targets", options.targets)}
+    found = found_in(options.folder, options.storage) if options.folder else {"train": {}, "targets": {}}
+    sections = {
+        "train": ("domains", found["train"] | options.domains),
+        "targets": ("targets", found["targets"] | options.targets),
+    }
     files: dict[tuple[str, str], list[SourceFile]] = {}
-    for corpus, (section, domains) in sections.items():
-        for name, of_domain in sorted(domains.items()):
+    for corpus, (section, of_corpus) in sections.items():
+        for name, of_domain in sorted(of_corpus.items()):
             files[corpus, name] = find_files(of_domain, options.storage, f"{section}.{name}")
     refuse_doubles({f"{sections[corpus][0]}.{name}": found for (corpus, name), found in files.items()})
     return [

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from mixer.core.catalog import Domain
 from mixer.core.errors import ConfigError, DataError
 from mixer.data.storage import Storage
 
@@ -112,6 +113,30 @@ class Slice:
 
 
 # --- which files -----------------------------------------------------------------------------
+
+
+def found_in(folder: str, storage: Storage) -> dict[str, dict[str, SourceOptions]]:
+    """What a folder has in `train/` and in `targets/`: a folder of files, or files up to their first dot, is a name.
+
+    Names that begin with a dot or a low line are passed over.
+    """
+    filesystem, path = storage.locate(folder)
+    found: dict[str, dict[str, SourceOptions]] = {"train": {}, "targets": {}}
+    for corpus, of_corpus in found.items():
+        try:
+            infos = filesystem.get_file_info(pafs.FileSelector(f"{path}/{corpus}", allow_not_found=True))
+        except READ_ERRORS as error:
+            raise DataError(f"{folder}/{corpus} cannot be listed: {first_line(error)}. Correct the path.") from error
+        for info in sorted(infos, key=lambda info: info.base_name):
+            if info.base_name.startswith((".", "_")):
+                continue
+            is_folder = info.type == pafs.FileType.Directory
+            name = Domain(info.base_name if is_folder else info.base_name.partition(".")[0], 1, "").name
+            file = f"{folder.rstrip('/')}/{corpus}/{info.base_name}" + ("/*" if is_folder else "")
+            of_corpus[name] = SourceOptions(files=(*of_corpus.get(name, SourceOptions()).files, file))
+    if not found["train"]:
+        raise DataError(f"{folder} has nothing in train/; needed train/<domain>/<files>. Correct prepare.folder.")
+    return found
 
 
 def find_files(options: SourceOptions, storage: Storage, where: str) -> list[SourceFile]:

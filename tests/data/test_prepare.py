@@ -455,3 +455,25 @@ def test_a_preparation_on_an_object_store(tmp_path, s3):
     assert corpus.manifest.domains["a"].documents + held_out.manifest.domains["a"].documents == 150
     assert corpus.manifest.domains["a"].sources[0] == "s3://corpora/raw/0.jsonl"
     assert prepare(options, Counting()).reused == ("train/a",)
+
+
+def test_a_folder_of_domains_and_targets(tmp_path):
+    """Folders of files and single files are domains by their names, and what is named by hand goes before them."""
+    raw = tmp_path / "raw"
+    for name in ("train/sums/part-0", "train/sums/part-1", "train/songs/all", "train/.hidden/x", "extra"):
+        jsonl(raw / f"{name}.jsonl", [{"text": name}])
+    jsonl(raw / "targets/tests.v1.jsonl", [{"text": "tests"}])
+    jsonl(raw / "targets/_notes.jsonl", [{"text": "notes"}])
+    (raw / "train/poems.txt").write_text("poems")
+    named = {"songs": SourceOptions(files=(f"{raw}/extra.jsonl",))}
+    prepare(replace(options_for(tmp_path, named), folder=str(raw)), SerialRunner())
+    train, targets = (Corpus.open(f"{tmp_path}/out/{corpus}") for corpus in ("train", "targets"))
+    assert (train.catalog.names, targets.catalog.names) == (("poems", "songs", "sums"), ("tests",))
+    found = {name: documents_in(train, name, ByteTokenizer().eos) for name in train.catalog.names}
+    assert {name: sorted(bytes(one[:-1]).decode() for one in of.values()) for name, of in found.items()} == {
+        "poems": ["poems"],
+        "songs": ["extra"],
+        "sums": ["train/sums/part-0", "train/sums/part-1"],
+    }
+    with pytest.raises(DataError, match=r"targets has nothing in train/; needed train/<domain>/<files>"):
+        prepare(replace(options_for(tmp_path, {}, folder=f"{raw}/targets")), SerialRunner())
