@@ -158,7 +158,7 @@ def _run(
     client: ControllerClient,
     on_status: Callable[[Status], None],
     every_s: float,
-    say: Callable[[str], None],
+    say: Callable[[str], None] = lambda text: None,
 ) -> Exception | None:
     """Runs `call` in a thread; here signals are taken and the status is told."""
     failed: list[Exception] = []

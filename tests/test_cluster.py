@@ -103,6 +103,7 @@ def test_the_ray_job_has_gpus_cpus_for_data_and_one_shared_folder():
 
 def test_the_ray_job_runs_a_verb_on_shared_paths():
     words = documents("rayjob.yaml")[0]["spec"]["entrypoint"].split()
+    assert words.pop(3) == "--prepare"  # a claim is empty at first
     assert words[:2] == ["python", "-m"]
     assert words[2].startswith("jobs.")
     assert (ROOT / words[3].removeprefix("/opt/mixer/")).is_file()

@@ -26,7 +26,6 @@ FLOORS = {
     "mixer.run": 4,
     "mixer.alone": 4,
     "mixer.launch": 4,
-    "mixer.alone": 4,
     "mixer.branch": 4,
     "jobs": 4,
 }

@@ -90,7 +90,7 @@ def test_what_a_run_failed_of_is_told_before_it_is_closed(error, told, patience_
 def test_a_takeover_is_what_the_command_asks_for_and_never_of_an_owner_on_this_machine(tmp_path, monkeypatch):
     asked: list[bool] = []
 
-    def refused(config, rows, *, on_status, takeover):
+    def refused(config, rows, *, on_status, takeover, say):
         asked.append(takeover)
         return fit(config, rows, on_status=on_status, takeover=takeover)
 

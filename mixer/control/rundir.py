@@ -25,6 +25,7 @@ import logging
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -43,6 +44,17 @@ from mixer.core.schedule import LineWriter, MixtureSchedule, ScheduleRow
 
 logger = logging.getLogger(__name__)
 
+# What reading a damaged archive may raise: a flipped bit may also name another compression, or encryption.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+)
 GENERATIONS = 2  # policy states kept: the last one and the one before it
 _CHECK = "_check"
 
@@ -142,7 +154,7 @@ class RunDir:
             path = self._state_path(window)
             try:
                 return window, _read_state(window, path.read_bytes())
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except _UNREADABLE as error:
                 self.lost_states += 1
                 logger.warning("policy state %s cannot be used (%s); trying the one before it", path, error)
         if last < 0:

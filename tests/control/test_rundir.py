@@ -4,7 +4,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from mixer.control.fence import read_owner
@@ -38,8 +40,9 @@ def test_a_damaged_policy_state_is_passed_over_for_the_one_before_it(tmp_path, d
     path, before = tmp_path / "policy" / "11.npz", tmp_path / "policy" / "10.npz"
     assert sorted(file.name for file in (tmp_path / "policy").iterdir()) == ["10.npz", "11.npz"]
     data = bytearray(path.read_bytes())
-    if damage == "flipped":
-        data[len(data) // 2] ^= 1
+    if damage == "flipped":  # within an array
+        with np.load(path) as kept:
+            data[data.index(kept["reward_d"].tobytes())] ^= 1
     if damage == "missing":
         path.unlink()
     else:
@@ -55,6 +58,24 @@ def test_a_damaged_policy_state_is_passed_over_for_the_one_before_it(tmp_path, d
         before.write_bytes(b"")
         with pytest.raises(ResumeError, match="none of the last 2"):
             rundir.state()
+
+
+def test_whatever_byte_of_a_state_is_flipped_no_other_state_is_believed(tmp_path):
+    undisturbed(tmp_path)
+    path = tmp_path / "policy" / "11.npz"
+    data = path.read_bytes()
+    with RunDir(tmp_path) as rundir:
+        states: dict[int, Any] = {11: rundir.state()}
+        path.write_bytes(b"")
+        states[10] = rundir.state()
+        for place in range(0, len(data), 7):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            found = rundir.state()
+            assert found is not None
+            window, state = found
+            assert {key: value.tobytes() for key, value in state.items()} == {
+                key: value.tobytes() for key, value in states[window][1].items()
+            }
 
 
 def test_pickles_are_not_loaded(tmp_path):
