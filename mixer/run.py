@@ -323,7 +323,13 @@ def require_measured(config: RunConfig, policy: Policy, targets: tuple[str, ...]
             f"policy {kind!r} learns from evaluations, but evaluation.every_windows is null. Set it to a number of "
             "windows."
         )
-    if "influence" in needs and not targets:
+    judged = {"validation": "validation", "target": "targets"}[getattr(policy, "losses", "validation")]
+    if "evaluation" in needs and judged not in config.evaluation.sets:
+        raise ConfigError(
+            f"policy {kind!r} learns from losses on the {judged} corpus, but evaluation.sets is "
+            f"{list(config.evaluation.sets)}. Add {judged} there."
+        )
+    if "influence" in needs and "gram" not in needs and not targets:  # with a Gram matrix, a policy says so itself
         raise ConfigError(
             f"policy {kind!r} learns from influence on targets, and there are none beside the corpus. Prepare some "
             "(prepare.targets), and keep targets in evaluation.sets."

@@ -207,12 +207,6 @@ def _check(asked: Asked, entries: Sequence[Entry], targets: tuple[str, ...]) -> 
 def _check_policy(config: RunConfig, rows: CatalogRows, targets: tuple[str, ...]) -> None:
     policy, catalog, prior = make_policy(config), rows.catalog, make_prior(config, rows.catalog)
     require_measured(config, policy, targets)
-    losses = getattr(policy, "losses", "")  # of policies that learn from evaluations: on which corpus
-    if "evaluation" in policy.NEEDS and losses == "validation" and "validation" not in config.evaluation.sets:
-        raise ConfigError(
-            f"it learns from losses on the validation corpus, and evaluation.sets={list(config.evaluation.sets)}. Add "
-            "validation there, for all policies alike."
-        )
     make_reference(config, rows.corpus)
     slots, windows = config.geometry.window_slots, plan_length(config, catalog)
     config.rails.bind(catalog, prior).check(Place.start(catalog, slots, windows * slots))
