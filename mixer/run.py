@@ -414,6 +414,9 @@ def make_probe(config: RunConfig, rows: CatalogRows, needs: frozenset[str]) -> P
     """What measures influence, if somebody asks for it."""
     if not (needs & {"influence", "gram"} or config.influence.always):
         return None
+    for key, value, other in (("metric", "ekfac", "adam"), ("harvest", True, "false")):
+        if getattr(config.influence, key) == value:
+            raise ConfigError(f"influence.{key}={value}: whole runs do not keep what that needs yet. Use {other}.")
     with torch.device("meta"):  # only counted
         model = make_model(config, rows.corpus.manifest.tokenizer.vocab_size)
     facts = ProbeFacts(

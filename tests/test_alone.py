@@ -87,3 +87,10 @@ def test_what_it_failed_of_is_told_and_it_goes_on_and_is_repeated(texts, tmp_pat
     assert [one["loss"] for one in again.windows.values()] == [
         one["loss"] for one in read_record(tmp_path / "run").windows.values()
     ]
+
+
+@pytest.mark.parametrize("override", ["influence.metric=ekfac", "influence.harvest=true"])
+def test_what_a_run_does_not_keep_between_probes_is_refused(texts, tmp_path, override):
+    config = config_of(texts, tmp_path / "run", "influence.always=true", override)
+    with pytest.raises(ConfigError, match=r"influence\.\w+=\w+: whole runs do not keep what that needs yet"):
+        run_alone(config, open_rows(config))
