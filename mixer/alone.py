@@ -8,7 +8,6 @@ checkpoints, in a folder that reports, replays, forks and `mixer train` itself r
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mixer.control.fence import require_free
@@ -73,9 +72,7 @@ def run_alone(
         require_same(config, folder)
         follows = (load_origin(folder) or {}).get("kind") == REPLAY
     folder.mkdir(parents=True, exist_ok=True)
-    absolute = replace(
-        config, run=replace(config.run, path=str(Path(folder))), train=replace(config.train, num_workers=1)
-    )
+    absolute = replace(config, run=replace(config.run, path=str(folder)), train=replace(config.train, num_workers=1))
     run = OpenRun(make_charge(absolute, rows, follows=follows))
     try:
         run.note([{"kind": "event", "what": "begun", "text": f"alone in process {os.getpid()}"}])
